@@ -4,8 +4,9 @@ INVENTORY ?= inventory/local.yml
 ARGS ?=
 # Ansible needs a UTF-8 locale, which a bare machine has not chosen yet.
 export LC_ALL := C.UTF-8
-PLAYBOOK = .venv/bin/ansible-playbook --inventory $(INVENTORY) $(ARGS)
-PYTEST = .venv/bin/pytest --durations=5
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
+PYTEST = pytest --durations=5
 
 .PHONY: up status down clean images test lint unit molecule test-bare requirements
 .DELETE_ON_ERROR:
@@ -19,18 +20,18 @@ status down clean images: .venv/.run
 test: lint unit molecule test-bare
 
 lint: .venv/.test
-	.venv/bin/yamllint --strict .
-	.venv/bin/ansible-lint --offline
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy apps/door/door apps/publisher/publisher apps/subscriber/subscriber
-	.venv/bin/mypy roles/rabbitmq/filter_plugins/rabbitmq.py
+	yamllint --strict .
+	ansible-lint --offline
+	ruff check
+	ruff format --check
+	mypy apps/door/door apps/publisher/publisher apps/subscriber/subscriber
+	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 
 unit: .venv/.test
-	$(PYTEST) apps tests
+	$(PYTEST) apps tests --ignore tests/bare
 
 molecule: .venv/.test
-	.venv/bin/molecule test --all
+	molecule test --all
 
 test-bare: .venv/.test
 	$(PYTEST) tests/bare
@@ -46,7 +47,7 @@ test-bare: .venv/.test
 	touch $@
 
 # After a change of a pyproject.toml. UPGRADE=--upgrade takes the newest versions.
-COMPILE = .venv/bin/uv pip compile --quiet $(UPGRADE) --universal --generate-hashes --python-version 3.11 \
+COMPILE = uv pip compile --quiet $(UPGRADE) --universal --generate-hashes --python-version 3.11 \
 	--no-emit-find-links --no-annotate --custom-compile-command "make requirements"
 requirements: .venv/.test
 	$(COMPILE) apps/publisher/pyproject.toml --output-file apps/publisher/requirements.txt

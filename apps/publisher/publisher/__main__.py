@@ -1,7 +1,8 @@
 """Serve, once the settings are known to be good: `python3 -m publisher`.
 
 They are checked before granian starts, because granian would respawn workers that fail on them
-for as long as two of them fail in turn.
+for as long as two of them fail in turn. Nothing here may import door.web: this process becomes
+granian's own, and would count in the metrics as a worker that never connects.
 """
 
 import os
@@ -11,7 +12,7 @@ from door.settings import ConfigError, Environment
 
 from publisher.settings import Settings
 
-SERVER = ["-m", "granian", "--interface", "wsgi", "--factory", "publisher:create_app"]
+SERVER = ["-m", "granian", "--interface", "wsgi", "--factory", "publisher.app:create_app"]
 
 if __name__ == "__main__":
     try:

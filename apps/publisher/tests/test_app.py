@@ -1,6 +1,10 @@
 """The HTTP contract, through Flask's test client, with a broker that only remembers."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, urlencode
 
@@ -8,9 +12,10 @@ import pytest
 from door import BrokerUnavailable
 from door.settings import ConfigError, Environment
 from flask.testing import FlaskClient
-from publisher import create_app
+from publisher.app import create_app
 from publisher.settings import Settings
 
+PROJECT = Path(__file__).parents[3]
 FORM = "application/x-www-form-urlencoded"
 MISSING = {"message": "Payload is missing parameter 'message'."}
 LIMIT = 1000
@@ -234,3 +239,9 @@ def test_no_error_repeats_the_message(client: FlaskClient) -> None:
     answer = client.post("/data", data=b'{"message": "secret"', content_type="application/json")
     assert answer.status_code == 400
     assert "secret" not in json.dumps(answer.json)
+
+
+def test_the_check_before_the_start_counts_as_no_worker() -> None:
+    script = "import publisher.__main__, sys; sys.exit('door.web' in sys.modules)"
+    folders = os.pathsep.join(["apps/publisher", "apps/door"])
+    subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": folders}, cwd=PROJECT, check=True)

@@ -1,10 +1,11 @@
+# mypy: disable-error-code=no-untyped-call
 """Serve the subscriber until SIGTERM: `python3 -m subscriber`."""
 
 import logging
 import signal
 import sys
 from http.client import HTTPException
-from socket import SO_SNDBUF, SOL_SOCKET
+from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
 from typing import Any
 
 import gevent
@@ -37,6 +38,8 @@ class Handler(WSGIHandler):
         """Serve the client's requests, one after the other."""
         self.socket.settimeout(CLIENT_TIMEOUT)
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
+        # Headers and body are two writes: the second would wait 40 ms for the client's word on the first.
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         super().handle()
 
     def read_request(self, raw_requestline: str) -> bool:

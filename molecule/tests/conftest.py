@@ -1,0 +1,168 @@
+"""The disposable host as its users meet it: HTTP, AMQP, Docker, and the playbook that runs it."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
+
+
+def variables() -> dict[str, Any]:
+    """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
+    files = [*PROJECT.glob("roles/*/defaults/**/*.yml"), PROJECT / "inventory/group_vars/all/main.yml"]
+    values = [yaml.safe_load(file.read_text()) or {} for file in files]
+    # Hosts of one scenario share their variables.
+    values.append(yaml.safe_load(next((INVENTORY / "host_vars").glob("*.yml")).read_text()))
+    return {name: value for each in values for name, value in each.items()}
+
+
+@dataclass
+class Answer:
+    """What came back for one request."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Stack:
+    """The stack on the disposable host of one scenario."""
+
+    host: Any
+    vars: dict[str, Any] = field(default_factory=variables)
+
+    @property
+    def name(self) -> str:
+        return str(self.vars["stack_name"])
+
+    @property
+    def secrets(self) -> Path:
+        return INVENTORY / ".secrets" / self.name
+
+    def container(self, service: str) -> str:
+        return f"{self.name}-{service}"
+
+    def run(self, command: str, *args: str) -> str:
+        """Run command on the host and return its output; it must end with 0."""
+        result = self.host.run(command, *args)
+        assert result.rc == 0, f"{result.command}\n{result.stdout}\n{result.stderr}"
+        return str(result.stdout)
+
+    def docker(self, *args: str) -> str:
+        return self.run("docker" + " %s" * len(args), *args)
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        found: list[dict[str, Any]] = json.loads(self.docker("inspect", self.container(service)))
+        return found[0]
+
+    def python(self, script: str, *args: str) -> Any:
+        """Run a Python script on the host and return what it printed as JSON."""
+        return json.loads(self.run("python3 -c %s" + " %s" * len(args), script, *args))
+
+    def http(self, port: str, path: str, *curl: str) -> Answer:
+        """Ask path of the port that the variable port sets, with more arguments of curl."""
+        url = f"http://127.0.0.1:{self.vars[port]}{path}"
+        args = ["--silent", "--show-error", "--include", "--max-time", "20", *curl, url]
+        result = self.host.run("curl" + " %s" * len(args), *args)
+        if result.rc != 0:
+            return Answer(0, {}, result.stderr.encode())
+        head, _, body = result.stdout_bytes.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        return Answer(int(first.split()[1]), headers, body)
+
+    def send(self, message: str) -> Answer:
+        return self.http("apps_publisher_port", "/data", "--data-urlencode", f"message={message}")
+
+    def receive(self) -> Answer:
+        return self.http("apps_subscriber_port", "/receive")
+
+    def api(self, path: str, user: str = "admin", *curl: str) -> Answer:
+        """Ask RabbitMQ's management API as user."""
+        password = (self.secrets / f"rabbitmq_{user}").read_text().strip()
+        return self.http("rabbitmq_management_port", "/api" + path, "--user", f"{user}:{password}", *curl)
+
+    def ready(self) -> bool:
+        doors = ("apps_publisher_port", "apps_subscriber_port")
+        return all(self.http(door, "/healthz?ready").status == 200 for door in doors)
+
+    def wait_until_ready(self, timeout: float = 60) -> float:
+        """Wait until both doors reach the broker; the seconds it took."""
+        return eventually(self.ready, timeout, "both doors are connected to the broker")
+
+    def starts(self) -> dict[str, str]:
+        """Return when each container was started, which a container left alone keeps."""
+        names = self.docker("ps", "--all", "--format", "{{.Names}}").split()
+        return {name: self.docker("inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name) for name in names}
+
+    def playbook(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run a playbook of the project against this scenario's hosts."""
+        return subprocess.run(
+            ["ansible-playbook", "--inventory", INVENTORY, *args, f"playbooks/{name}.yml"],
+            cwd=PROJECT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def site(self, *args: str) -> str:
+        """Run the whole playbook, which must succeed, and return its output."""
+        result = self.playbook("site", *args)
+        assert result.returncode == 0, result.stdout[-6000:]
+        return result.stdout
+
+
+def eventually(check: Callable[[], object], timeout: float, promise: str) -> float:
+    """Ask check until it is true, at most timeout seconds; the seconds it took."""
+    start = time.monotonic()
+    while not check():
+        assert time.monotonic() - start < timeout, f"not within {timeout} s: {promise}"
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
+@pytest.fixture(scope="session")
+def stack() -> Stack:
+    container = variables()["ansible_host"]
+    return Stack(testinfra.get_host(f"docker://{container}"))
+
+
+@pytest.fixture
+def empty_queue(stack: Stack) -> None:
+    """Begin with no message, whatever the test before left."""
+    stack.wait_until_ready()
+    for queue in stack.vars["stack_queue"], stack.vars["stack_queue"] + ".dead":
+        assert stack.api(f"/queues/%2F/{queue}/contents", "admin", "--request", "DELETE").status == 204
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Give a failure its evidence: what runs, and each container's last lines."""
+    report = yield
+    if report.failed and "stack" in getattr(item, "funcargs", {}):
+        host = item.funcargs["stack"].host
+        report.sections.append(("docker ps", host.run("docker ps --all").stdout))
+        for name in host.run("docker ps --all --format '{{.Names}}'").stdout.split():
+            logs = host.run("docker logs --tail 15 %s 2>&1", name).stdout
+            report.sections.append((f"docker logs {name}", logs))
+    return report

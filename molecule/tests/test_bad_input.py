@@ -1,0 +1,90 @@
+"""Bad input stops the run before anything changed; what ran before goes on running."""
+
+import json
+
+import pytest
+from conftest import Stack, eventually
+
+
+@pytest.fixture
+def foreign(stack: Stack):
+    """A container and a volume of somebody else's, with the names of a stack called other."""
+    image = stack.inspect("rabbitmq")["Config"]["Image"]
+    stack.docker("create", "--name", "other-rabbitmq", image, "true")
+    stack.docker("volume", "create", "another-rabbitmq")
+    yield
+    stack.docker("rm", "--volumes", "other-rabbitmq")
+    stack.docker("volume", "rm", "another-rabbitmq")
+
+
+@pytest.fixture
+def port_5999(stack: Stack):
+    """A program of somebody else's on port 5999."""
+    pid = stack.run("nohup python3 -m http.server --bind 127.0.0.1 5999 >/dev/null 2>&1 & echo $!").strip()
+    eventually(lambda: stack.host.run("curl -s 127.0.0.1:5999").rc == 0, 10, "port 5999 is taken")
+    yield
+    stack.run("kill %s", pid)
+
+
+@pytest.fixture
+def open_password(stack: Stack):
+    """A password file that others can read."""
+    file = stack.secrets / "rabbitmq_monitor"
+    file.chmod(0o644)
+    yield
+    file.chmod(0o600)
+
+
+@pytest.fixture
+def newer_data(stack: Stack):
+    """A record that a newer RabbitMQ opened the data."""
+    record = f"/var/lib/message-broker-stack/{stack.name}/rabbitmq.version"
+    before = stack.run("cat %s", record).strip()
+    stack.run("echo 99.1.0 > %s", record)
+    yield
+    stack.run("echo %s > %s", before, record)
+
+
+@pytest.mark.usefixtures("foreign", "port_5999")
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"rabbitmq_prot": 5673}, ["rabbitmq_prot", "spelling"]),
+        ({"apps_publisher_port": "http"}, ["apps_publisher_port", "http", "int"]),
+        ({"apps_publisher_port": 5999}, ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"]),
+        ({"stack_name": "other"}, ["other-rabbitmq", "stack_name"]),
+        ({"stack_name": "another"}, ["another-rabbitmq", "stack_name"]),
+        ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
+        ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
+        ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
+        ({"rabbitmq_disk_free_limit": "two"}, ["rabbitmq_disk_free_limit", "two", "2GB"]),
+        ({"rabbitmq_memory_watermark": 3}, ["rabbitmq_memory_watermark", "3", "0.6"]),
+        ({"image_registry": "http://registry:5000"}, ["image_registry", "http://registry:5000", "host:port"]),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_variable_stops_the_run_by_name(stack: Stack, variables: dict[str, object], words: list[str]) -> None:
+    refused(stack, words, "--extra-vars", json.dumps(variables))
+
+
+@pytest.mark.usefixtures("open_password")
+def test_a_password_file_that_others_can_read_stops_the_run(stack: Stack) -> None:
+    refused(stack, ["rabbitmq_monitor", "0644", "chmod 600"])
+
+
+@pytest.mark.usefixtures("newer_data")
+def test_data_of_a_newer_broker_stop_the_run(stack: Stack) -> None:
+    refused(stack, ["99.1.0", f"{stack.name}-rabbitmq", "rabbitmq_image"])
+
+
+def refused(stack: Stack, words: list[str], *args: str) -> None:
+    """Check that the run stops, says words, and leaves alone what runs."""
+    before = stack.starts()
+    result = stack.playbook("site", *args)
+    # Ansible wraps long messages.
+    said = " ".join(result.stdout.split())
+    assert result.returncode != 0, result.stdout[-3000:]
+    assert [word for word in words if word not in said] == [], result.stdout[-3000:]
+    assert "changed=0" in said
+    assert stack.starts() == before
+    assert stack.ready()

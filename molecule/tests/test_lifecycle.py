@@ -1,0 +1,130 @@
+"""What the stack survives, what it takes over, and what is left of it. In this order: the last test cleans up."""
+
+import time
+
+import pytest
+from conftest import Stack, eventually
+
+SERVICES = ["rabbitmq", "publisher", "subscriber"]
+
+
+@pytest.fixture
+def three_messages(stack: Stack, empty_queue: None):
+    """Three messages that must still be there, in order, after the test."""
+    for number in range(3):
+        assert stack.send(f"kept {number}").status == 201
+    yield
+    stack.wait_until_ready(90)
+    assert [stack.receive().text for _ in range(4)] == ["kept 0\n", "kept 1\n", "kept 2\n", "No message available\n"]
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_a_stopped_broker_is_503_within_5_seconds_and_back_within_30(stack: Stack) -> None:
+    before = stack.starts()
+    stack.docker("stop", stack.container("rabbitmq"))
+    for ask in lambda: stack.send("unknown"), stack.receive:
+        start = time.monotonic()
+        answer = ask()
+        assert time.monotonic() - start < 5
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert answer.json["message"]
+    for port in "apps_publisher_port", "apps_subscriber_port":
+        assert stack.http(port, "/healthz").json["broker"] == "down"
+        assert stack.http(port, "/healthz?ready").status == 503
+    stack.docker("start", stack.container("rabbitmq"))
+    seconds = stack.wait_until_ready(30)
+    print(f"ready {seconds:.1f} s after docker start")
+    after = stack.starts()
+    assert {name for name in before if before[name] != after[name]} == {stack.container("rabbitmq")}
+
+
+@pytest.mark.usefixtures("three_messages")
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_killed_main_process_comes_back(stack: Stack, service: str) -> None:
+    # From the host: docker kill counts as a manual stop, after which nothing restarts.
+    pid = stack.inspect(service)["State"]["Pid"]
+    stack.run("kill -9 %s", str(pid))
+    eventually(lambda: stack.inspect(service)["State"]["Pid"] not in (0, pid), 30, f"{service} runs again")
+    print(f"{service}: ready {stack.wait_until_ready(60):.1f} s later")
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_a_killed_worker_comes_back_alone(stack: Stack) -> None:
+    before = stack.starts()
+    worker = stack.docker("top", stack.container("publisher"), "-o", "pid,ppid").splitlines()[2].split()[0]
+    stack.run("kill -9 %s", worker)
+    eventually(lambda: worker not in stack.docker("top", stack.container("publisher"), "-o", "pid").split(), 20, "it ended")
+    eventually(lambda: "broker_up 1.0" in stack.http("apps_publisher_port", "/metrics").text, 30, "all workers are up")
+    assert stack.starts() == before
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_messages_survive_a_container_made_anew(stack: Stack) -> None:
+    stack.docker("rm", "--force", stack.container("rabbitmq"))
+    stack.site("--tags", "rabbitmq")
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_messages_survive_the_engines_restart(stack: Stack) -> None:
+    before = stack.starts()
+    stack.run("kill $(cat /run/docker.pid)")
+    eventually(lambda: restarted(stack, before), 90, "the engine brought every container back")
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_messages_survive_the_hosts_restart(stack: Stack) -> None:
+    before = stack.starts()
+    stack.host.backend.run_local("docker restart --time 20 %s", stack.vars["ansible_host"])
+    eventually(lambda: restarted(stack, before), 90, "the host brought every container back")
+
+
+def restarted(stack: Stack, before: dict[str, str]) -> bool:
+    if stack.host.run("docker ps").rc != 0:
+        return False
+    after = stack.starts()
+    running = stack.docker("ps", "--format", "{{.Names}}").split()
+    return all(after[name] != before[name] and name in running for name in before)
+
+
+@pytest.mark.usefixtures("three_messages")
+def test_a_changed_password_is_taken_over_by_the_next_run(stack: Stack) -> None:
+    (stack.secrets / "rabbitmq_publisher").write_text("changed-by-hand\n")
+    output = stack.site()
+    assert "changed-by-hand" not in output
+    assert stack.api("/whoami", "publisher").status == 401  # it is no user of the API, before as after
+    assert stack.send("with the new password").status == 201
+    assert stack.api("/queues/%2F/takeaway/contents", "admin", "--request", "DELETE").status == 204
+    for number in range(3):
+        assert stack.send(f"kept {number}").status == 201
+
+
+def test_down_keeps_the_data_and_clean_leaves_nothing_but_what_is_others(stack: Stack, empty_queue: None) -> None:
+    # One of them stands on an image of the stack's, whose labels it inherits.
+    borrowed = stack.inspect("rabbitmq")["Config"]["Image"]
+    stack.docker("run", "--detach", "--name", "foreign", "--entrypoint", "sleep", borrowed, "3600")
+    stack.docker("volume", "create", "foreign")
+    stack.run("printf 'FROM scratch\\nCOPY daemon.json /\\n' | docker build --tag foreign --file - /etc/docker")
+    assert stack.send("kept").status == 201
+
+    assert stack.playbook("down").returncode == 0
+    assert stack.docker("ps", "--format", "{{.Names}}").split() == ["foreign"]
+    assert stack.name not in stack.docker("network", "ls", "--format", "{{.Name}}").split()
+    stack.site()
+    assert stack.receive().text == "kept\n"
+
+    result = stack.playbook("clean")
+    assert result.returncode == 0, result.stdout[-3000:]
+    label = f"label=message-broker-stack={stack.name}"
+    for kind in ["ps", "--all"], ["volume", "ls"], ["network", "ls"]:
+        assert stack.docker(*kind, "--quiet", "--filter", label) == "", kind
+    ours = f"label=message-broker-stack.image={stack.name}"
+    assert stack.docker("images", "--filter", ours, "--format", "{{.Repository}}:{{.Tag}}").split() == [borrowed]
+    assert stack.docker("ps", "--format", "{{.Names}}").split() == ["foreign"]
+    assert "foreign" in stack.docker("volume", "ls", "--quiet").split()
+    assert "foreign" in stack.docker("images", "--format", "{{.Repository}}").split()
+    assert not stack.secrets.exists()
+    assert stack.run("ls /etc/message-broker-stack /var/lib/message-broker-stack").split() == [
+        "/etc/message-broker-stack:",
+        "/var/lib/message-broker-stack:",
+    ]
