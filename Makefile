@@ -5,6 +5,8 @@ ARGS ?=
 # Ansible needs a UTF-8 locale, which a bare machine has not chosen yet.
 export LC_ALL := C.UTF-8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Ansible starts a Python for every task: what that imports is compiled once, not each time.
+unexport PYTHONDONTWRITEBYTECODE
 PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
@@ -31,7 +33,7 @@ unit: .venv/.test
 	$(PYTEST) apps tests --ignore tests/bare
 
 molecule: .venv/.test
-	molecule test --all
+	molecule test --all --no-command-borders
 
 test-bare: .venv/.test
 	$(PYTEST) tests/bare

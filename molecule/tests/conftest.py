@@ -19,7 +19,10 @@ INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
 
 def variables() -> dict[str, Any]:
     """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
-    files = [*PROJECT.glob("roles/*/defaults/**/*.yml"), PROJECT / "inventory/group_vars/all/main.yml"]
+    files = [
+        *PROJECT.glob("roles/*/defaults/**/*.yml"),
+        PROJECT / "inventory/group_vars/all/main.yml",
+    ]
     values = [yaml.safe_load(file.read_text()) or {} for file in files]
     # Hosts of one scenario share their variables.
     values.append(yaml.safe_load(next((INVENTORY / "host_vars").glob("*.yml")).read_text()))
@@ -99,7 +102,9 @@ class Stack:
     def api(self, path: str, user: str = "admin", *curl: str) -> Answer:
         """Ask RabbitMQ's management API as user."""
         password = (self.secrets / f"rabbitmq_{user}").read_text().strip()
-        return self.http("rabbitmq_management_port", "/api" + path, "--user", f"{user}:{password}", *curl)
+        return self.http(
+            "rabbitmq_management_port", "/api" + path, "--user", f"{user}:{password}", *curl
+        )
 
     def ready(self) -> bool:
         doors = ("apps_publisher_port", "apps_subscriber_port")
@@ -112,14 +117,20 @@ class Stack:
     def starts(self) -> dict[str, str]:
         """Return when each container was started, which a container left alone keeps."""
         names = self.docker("ps", "--all", "--format", "{{.Names}}").split()
-        return {name: self.docker("inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name) for name in names}
+        return {
+            name: self.docker("inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name)
+            for name in names
+        }
 
     def playbook(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
         """Run a playbook of the project against this scenario's hosts."""
         return subprocess.run(
             ["ansible-playbook", "--inventory", INVENTORY, *args, f"playbooks/{name}.yml"],
             cwd=PROJECT,
-            capture_output=True,
+            # Molecule has errors shown apart, and colours where nobody sees them.
+            env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=600,
             check=False,
@@ -152,7 +163,9 @@ def empty_queue(stack: Stack) -> None:
     """Begin with no message, whatever the test before left."""
     stack.wait_until_ready()
     for queue in stack.vars["stack_queue"], stack.vars["stack_queue"] + ".dead":
-        assert stack.api(f"/queues/%2F/{queue}/contents", "admin", "--request", "DELETE").status == 204
+        assert (
+            stack.api(f"/queues/%2F/{queue}/contents", "admin", "--request", "DELETE").status == 204
+        )
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,7 +20,9 @@ def foreign(stack: Stack):
 @pytest.fixture
 def port_5999(stack: Stack):
     """A program of somebody else's on port 5999."""
-    pid = stack.run("nohup python3 -m http.server --bind 127.0.0.1 5999 >/dev/null 2>&1 & echo $!").strip()
+    pid = stack.run(
+        "nohup python3 -m http.server --bind 127.0.0.1 5999 >/dev/null 2>&1 & echo $!"
+    ).strip()
     eventually(lambda: stack.host.run("curl -s 127.0.0.1:5999").rc == 0, 10, "port 5999 is taken")
     yield
     stack.run("kill %s", pid)
@@ -51,19 +53,26 @@ def newer_data(stack: Stack):
     [
         ({"rabbitmq_prot": 5673}, ["rabbitmq_prot", "spelling"]),
         ({"apps_publisher_port": "http"}, ["apps_publisher_port", "http", "int"]),
-        ({"apps_publisher_port": 5999}, ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"]),
+        (
+            {"apps_publisher_port": 5999},
+            ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"],
+        ),
         ({"stack_name": "other"}, ["other-rabbitmq", "stack_name"]),
         ({"stack_name": "another"}, ["another-rabbitmq", "stack_name"]),
         ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
         ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
         ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
         ({"rabbitmq_disk_free_limit": "two"}, ["rabbitmq_disk_free_limit", "two", "2GB"]),
-        ({"rabbitmq_memory_watermark": 3}, ["rabbitmq_memory_watermark", "3", "0.6"]),
-        ({"image_registry": "http://registry:5000"}, ["image_registry", "http://registry:5000", "host:port"]),
+        (
+            {"image_registry": "http://registry:5000"},
+            ["image_registry", "http://registry:5000", "host:port"],
+        ),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
-def test_a_bad_variable_stops_the_run_by_name(stack: Stack, variables: dict[str, object], words: list[str]) -> None:
+def test_a_bad_variable_stops_the_run_by_name(
+    stack: Stack, variables: dict[str, object], words: list[str]
+) -> None:
     refused(stack, words, "--extra-vars", json.dumps(variables))
 
 

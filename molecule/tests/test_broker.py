@@ -8,7 +8,8 @@ ATTEMPT = """
 import json, sys, pika
 user, password, host, port, action, *names = sys.argv[1:]
 def outcome():
-    parameters = pika.ConnectionParameters(host, int(port), credentials=pika.PlainCredentials(user, password))
+    credentials = pika.PlainCredentials(user, password)
+    parameters = pika.ConnectionParameters(host, int(port), credentials=credentials)
     with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()
         if action == "publish":
@@ -78,8 +79,16 @@ def test_the_node_bears_the_inventorys_name(stack: Stack) -> None:
 
 
 def test_nobody_gets_in_without_a_password_of_ours(stack: Stack) -> None:
-    assert [user["name"] for user in stack.api("/users").json] == ["admin", "monitor", "publisher", "subscriber"]
-    assert stack.http("rabbitmq_management_port", "/api/overview", "--user", "guest:guest").status == 401
+    assert [user["name"] for user in stack.api("/users").json] == [
+        "admin",
+        "monitor",
+        "publisher",
+        "subscriber",
+    ]
+    assert (
+        stack.http("rabbitmq_management_port", "/api/overview", "--user", "guest:guest").status
+        == 401
+    )
     assert stack.http("rabbitmq_management_port", "/api/overview").status == 401
     assert attempt(stack, "guest", "get", "takeaway") == "ProbableAuthenticationError"
 
@@ -123,7 +132,10 @@ def test_a_user_may_do_what_it_is_for(
 def test_a_message_that_nobody_can_handle_goes_to_the_dead_queue_and_back(stack: Stack) -> None:
     stack.send("hard")
     # One delivery more than the limit, and the broker has set it aside.
-    assert attempt(stack, "subscriber", "use up", "takeaway") == stack.vars["rabbitmq_delivery_limit"] + 1
+    assert (
+        attempt(stack, "subscriber", "use up", "takeaway")
+        == stack.vars["rabbitmq_delivery_limit"] + 1
+    )
     eventually(lambda: depth(stack, "takeaway.dead") == 1, 20, "the message is in the dead queue")
     assert attempt(stack, "subscriber", "redrive", "takeaway.dead") == "hard"
     eventually(lambda: stack.receive().text == "hard\n", 20, "the message is back")

@@ -32,7 +32,11 @@ pytestmark = pytest.mark.usefixtures("empty_queue")
 
 
 def test_the_readmes_walk_through_passes(stack: Stack) -> None:
-    commands = [step for step in walkthrough((PROJECT / "README.md").read_text()) if not step[0].startswith("make")]
+    commands = [
+        step
+        for step in walkthrough((PROJECT / "README.md").read_text())
+        if not step[0].startswith("make")
+    ]
     assert len(commands) >= 3
     for command, expected in commands:
         actual = stack.host.run(command).stdout
@@ -48,7 +52,9 @@ def test_the_welcome_names_the_route(stack: Stack, port: str, route: str) -> Non
     assert route in answer.text
 
 
-@pytest.mark.parametrize("text", ["", "hello", "two\nlines\r\n", "a&b=c+d%", "\u00fc \U0001f430", "{'Hello-1':'hi'}"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "two\nlines\r\n", "a&b=c+d%", "\u00fc \U0001f430", "{'Hello-1':'hi'}"]
+)
 def test_a_text_goes_through_unchanged(stack: Stack, text: str) -> None:
     sent = stack.send(text)
     assert (sent.status, sent.json) == (201, {"Message sent": text})
@@ -73,7 +79,9 @@ def test_json_goes_through_unchanged_nul_included(stack: Stack) -> None:
         (["--request", "PUT"], 405, ""),
     ],
 )
-def test_what_is_no_message_is_refused_with_a_reason(stack: Stack, curl: list[str], status: int, words: str) -> None:
+def test_what_is_no_message_is_refused_with_a_reason(
+    stack: Stack, curl: list[str], status: int, words: str
+) -> None:
     answer = stack.http("apps_publisher_port", "/data", *curl)
     assert answer.status == status
     assert re.search(words, answer.json["message"])
@@ -83,8 +91,13 @@ def test_what_is_no_message_is_refused_with_a_reason(stack: Stack, curl: list[st
 def test_the_longest_message_passes_and_one_byte_more_is_413(stack: Stack) -> None:
     longest = stack.vars["apps_publisher_max_message_bytes"]
     for extra, status in (0, 201), (1, 413):
-        stack.run("printf message= > /tmp/long && head -c %s /dev/zero | tr '\\0' x >> /tmp/long", str(longest + extra))
-        answer = stack.http("apps_publisher_port", "/data", "--header", "Expect:", "--data", "@/tmp/long")
+        stack.run(
+            "printf message= > /tmp/long && head -c %s /dev/zero | tr '\\0' x >> /tmp/long",
+            str(longest + extra),
+        )
+        answer = stack.http(
+            "apps_publisher_port", "/data", "--header", "Expect:", "--data", "@/tmp/long"
+        )
         assert answer.status == status
     assert len(stack.receive().body) == longest + 1
 
@@ -114,7 +127,9 @@ def test_health_tells_of_the_broker(stack: Stack, port: str) -> None:
 def test_metrics_count_the_requests_of_all_workers(stack: Stack) -> None:
     def counted() -> float:
         text = stack.http("apps_publisher_port", "/metrics").text
-        found = re.search(r'^http_requests_total\{route="/data",status="201"\} (\S+)$', text, re.MULTILINE)
+        found = re.search(
+            r'^http_requests_total\{route="/data",status="201"\} (\S+)$', text, re.MULTILINE
+        )
         assert re.search(r"^broker_up 1\.0$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 

@@ -47,4 +47,7 @@ def test_passwords_lie_where_only_their_owner_reads_them(stack: Stack) -> None:
 
 def test_each_stack_has_an_erlang_cookie_of_its_own(stack: Stack) -> None:
     image = stack.inspect("rabbitmq")["Config"]["Image"]
-    assert stack.docker("run", "--rm", image, "find", "/var/lib/rabbitmq", "-name", ".erlang.cookie") == ""
+    assert (
+        stack.docker("run", "--rm", image, "find", "/var/lib/rabbitmq", "-name", ".erlang.cookie")
+        == ""
+    )

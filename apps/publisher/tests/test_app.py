@@ -244,4 +244,6 @@ def test_no_error_repeats_the_message(client: FlaskClient) -> None:
 def test_the_check_before_the_start_counts_as_no_worker() -> None:
     script = "import publisher.__main__, sys; sys.exit('door.web' in sys.modules)"
     folders = os.pathsep.join(["apps/publisher", "apps/door"])
-    subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": folders}, cwd=PROJECT, check=True)
+    subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": folders}, cwd=PROJECT, check=True
+    )

@@ -38,7 +38,8 @@ class Handler(WSGIHandler):
         """Serve the client's requests, one after the other."""
         self.socket.settimeout(CLIENT_TIMEOUT)
         self.socket.setsockopt(SOL_SOCKET, SO_SNDBUF, SEND_BUFFER)
-        # Headers and body are two writes: the second would wait 40 ms for the client's word on the first.
+        # Headers and body are two writes: the second would wait 40 ms for the client's word on
+        # the first.
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         super().handle()
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 
 def rabbitmq_password_hash(password: str, user: str) -> str:
-    """Return password as RabbitMQ's rabbit_password_hashing_sha256: base64(salt + sha256(salt + password)).
+    """Return password as RabbitMQ's rabbit_password_hashing_sha256.
 
-    The 4-byte salt comes from user and password, so that the same pair gives the same text at every run.
+    That is base64(salt + sha256(salt + password)). The 4-byte salt comes from user and password, so
+    that the same pair gives the same text at every run.
     Source: https://www.rabbitmq.com/docs/passwords#computing-password-hash
     """
     salt = hashlib.sha256(f"{user}\0{password}".encode()).digest()[:4]

@@ -1,0 +1,301 @@
+"""What the README promises, on a machine that has nothing but git, make and Python.
+
+The machine is a container of Debian without an engine; PID 1 is not systemd. The steps build on
+each other, in the order of this file. KEEP=1 leaves the machine for a look inside.
+"""
+
+import os
+import re
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from readme import matches, walkthrough
+
+ROOT = Path(__file__).parents[2]
+STACK = "broker-test"  # names the images, as in Molecule's tests; never the user's own stack
+PROJECT = "/root/project"
+SERVICES = ("rabbitmq", "publisher", "subscriber")
+
+# Where HTTPS leads through a private authority or a proxy, the machine is told as its host was.
+NAMES = "PIP_CERT SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE http_proxy https_proxy no_proxy"
+PASSED = [
+    name
+    for lower in NAMES.split()
+    for name in {lower: None, lower.upper(): None}
+    if name in os.environ
+]
+
+
+class Machine:
+    """A container that stands for a machine."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.broken = ""
+        self.as_made = self.differences()
+
+    def run(self, command: str, timeout: int = 60) -> str:
+        """Return the stdout of command; a failure, or timeout seconds, shows its last 60 lines."""
+        done = self.attempt(command, timeout)
+        if done.returncode != 0:
+            self.broken = command
+            lines = (done.stdout + done.stderr).splitlines()[-60:]
+            why = (
+                f"took more than {timeout} s"
+                if done.returncode == 124
+                else f"ended with {done.returncode}"
+            )
+            pytest.fail("\n".join([f"`{command}` {why}:", *lines]), pytrace=False)
+        return done.stdout
+
+    def attempt(self, command: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
+        """Run command in the project's folder; the limit is inside, where it ends children too."""
+        inside = ["timeout", "--kill-after=5", str(timeout), "bash", "-c", command]
+        return subprocess.run(
+            ["docker", "exec", "--workdir", PROJECT, self.name, *inside],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout + 30,
+        )
+
+    def changes(self) -> set[str]:
+        """Return what has changed outside the project's folder since the machine was made."""
+        return self.differences() - self.as_made
+
+    def differences(self) -> set[str]:
+        """Return the paths that differ from the image, without the project's and temporary ones."""
+        listed = host("docker", "diff", self.name).splitlines()
+        ours = (PROJECT, "/root/.ansible", "/root/.cache", "/tmp/")
+        return {line for line in listed if not line[2:].startswith(ours)}
+
+
+def host(*command: str, stdin: bytes | None = None, timeout: int = 120) -> str:
+    """Return the stdout of command on the machine's host; a failure shows its last 60 lines."""
+    done = subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )
+    if done.returncode != 0:
+        lines = (done.stdout + done.stderr).decode(errors="replace").splitlines()[-60:]
+        pytest.fail(
+            "\n".join([f"`{' '.join(command)}` ended with {done.returncode}:", *lines]),
+            pytrace=False,
+        )
+    return done.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("bare")
+    settings = {
+        "stack_name": STACK,
+        "stack_secrets_dir": folder / "secrets",
+        "bare_image_file": folder / "image",
+    }
+    extra = [f"--extra-vars={name}={value}" for name, value in settings.items()]
+    host(".venv/bin/ansible-playbook", *extra, "tests/bare/host.yml", timeout=900)
+
+    name = f"broker-bare-{secrets.token_hex(3)}"
+    # fmt: off
+    host(
+        "docker", "run", "--detach", "--name", name, "--label", "message-broker-stack=broker-bare",
+        "--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw",
+        # All that --privileged gives and an engine needs; some hosts refuse --privileged itself.
+        "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE", "--device-cgroup-rule", "a *:* rwm",
+        "--security-opt", "seccomp=unconfined", "--security-opt", "apparmor=unconfined",
+        "--security-opt", "systempaths=unconfined",
+        "--tmpfs", "/run", "--volume", "/var/lib/docker",
+        "--volume", "/etc/ssl/certs:/etc/ssl/certs:ro",
+        *(f"--env={variable}" for variable in PASSED),
+        (folder / "image").read_text(),
+        # The shell reaps what loses its parent, as an init does.
+        "bash", "-c", "trap 'exit 0' TERM; while true; do sleep 3600 & wait $!; done",
+    )
+    # fmt: on
+    try:
+        listed = host("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split(
+            "\0"
+        )
+        names = "\0".join(path for path in listed if path and (ROOT / path).exists())
+        tree = subprocess.run(
+            ["tar", "--create", "--null", "--files-from=-"],
+            input=names.encode(),
+            capture_output=True,
+            check=True,
+            cwd=ROOT,
+        )
+        host("docker", "exec", name, "mkdir", PROJECT)
+        unpack = ("tar", "--extract", "--no-same-owner", f"--directory={PROJECT}")
+        host("docker", "exec", "--interactive", name, *unpack, stdin=tree.stdout)
+        yield Machine(name)
+    finally:
+        if os.environ.get("KEEP") != "1":
+            host("docker", "rm", "--force", "--volumes", name)
+
+
+@pytest.fixture(autouse=True)
+def _earlier_steps(machine: Machine) -> None:
+    if machine.broken:
+        pytest.skip(f"builds on `{machine.broken}`, which failed")
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Return a function that prints at once, also when the test succeeds."""
+
+    def print_now(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {text}", flush=True)
+
+    return print_now
+
+
+@pytest.fixture(scope="module")
+def seconds() -> dict[str, float]:
+    """Return how long each command took."""
+    return {}
+
+
+def timed(machine: Machine, seconds: dict[str, float], key: str, command: str, timeout: int) -> str:
+    start = time.monotonic()
+    output = machine.run(command, timeout)
+    seconds[key] = time.monotonic() - start
+    return output
+
+
+def table(output: str) -> dict[str, str]:
+    """Return the lines of the last task's table by the service they begin with."""
+    shown = output.rpartition("TASK [")[2]
+    lines = [line.split() for line in shown.splitlines()]
+    return {line[0]: " ".join(line) for line in lines if len(line) > 2}
+
+
+def recap(output: str) -> list[dict[str, int]]:
+    """Return the counters that Ansible's last recap shows, one for each host."""
+    lines = output.rpartition("PLAY RECAP")[2].splitlines()
+    counted = [re.findall(r"(\w+)=(\d+)", line) for line in lines]
+    return [{name: int(number) for name, number in line} for line in counted if line]
+
+
+def test_the_machine_is_bare(machine: Machine) -> None:
+    assert machine.attempt("command -v dockerd docker curl ansible pip").stdout == ""
+    assert machine.run("cat /proc/1/comm").strip() == "bash"
+    machine.run("command -v git && command -v make && python3 -m venv --help")
+
+
+def test_the_tools_are_installed_into_the_project(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    timed(machine, seconds, "venv", "make .venv/.run", 360)
+    version = machine.run(".venv/bin/ansible --version").splitlines()[0]
+    say(f"make .venv/.run: {seconds['venv']:.0f} s, {version}")
+    assert machine.changes() == set()
+
+
+def test_check_mode_passes_on_an_empty_machine_and_changes_nothing(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    playbook = "LC_ALL=C.UTF-8 .venv/bin/ansible-playbook --check --diff playbooks/site.yml"
+    output = timed(machine, seconds, "check", playbook, 120)
+    say(f"--check --diff: {seconds['check']:.0f} s")
+    assert [counted["failed"] for counted in recap(output)] == [0]
+    assert machine.changes() == set()
+    assert machine.attempt("command -v dockerd").stdout == ""
+
+
+def test_make_up_brings_the_stack_up_from_nothing(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    output = timed(machine, seconds, "up", "make up", 600)
+    cold = seconds["venv"] + seconds["up"]
+    say(f"cold make up: {cold:.0f} s, {seconds['venv']:.0f} of them for the tools")
+    shown = table(output)
+    for service in SERVICES:
+        assert re.search(r" http://localhost:\d+ Up ", shown.get(service, "")), output[-2000:]
+    assert cold <= 360
+
+
+def test_the_readme_s_commands_print_what_the_readme_shows(
+    machine: Machine, say: Callable[[str], None]
+) -> None:
+    # The README asks for curl for these commands alone: `make up` has come without it.
+    machine.run("apt-get install --yes --no-install-recommends curl", 120)
+    steps = [
+        (command, expected)
+        for command, expected in walkthrough((ROOT / "README.md").read_text())
+        if not command.startswith("make")
+    ]
+    assert steps, "README.md shows no command to try"
+    start = time.monotonic()
+    for command, expected in steps:
+        actual = machine.run(command)
+        assert matches(expected, actual), (
+            f"`{command}` printed\n{actual}\nbut README.md shows\n{expected}"
+        )
+    say(f"{len(steps)} commands of the README: {time.monotonic() - start:.1f} s")
+
+
+def test_make_up_again_changes_nothing(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    output = timed(machine, seconds, "again", "make up", 180)
+    counted = recap(output)
+    say(f"second make up: {seconds['again']:.0f} s, {counted}")
+    assert [(one["changed"], one["failed"]) for one in counted] == [(0, 0)], output[-4000:]
+    assert seconds["again"] <= 90
+
+
+def test_make_status_shows_the_table(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    shown = table(timed(machine, seconds, "status", "make status", 60))
+    say(f"make status: {seconds['status']:.0f} s")
+    for service in SERVICES:
+        assert re.search(r" http://localhost:\d+ Up ", shown.get(service, "")), shown
+
+
+def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    # An import carries no label; a mere tag of one of the stack's images would carry the stack's.
+    # One of the two has a container, and one has nothing that could protect it.
+    for image in ("foreign:used", "foreign:free"):
+        machine.run(f"tar --create --files-from=/dev/null | docker import - {image}")
+    machine.run("docker volume create foreign")
+    machine.run("docker create --name foreign --volume foreign:/data foreign:used none")
+    folders = (
+        "inventory/.secrets/broker "
+        "/etc/message-broker-stack/broker "
+        "/var/lib/message-broker-stack/broker"
+    )
+    machine.run(f"ls -d {folders}")
+
+    timed(machine, seconds, "clean", "make clean", 120)
+    say(f"make clean: {seconds['clean']:.0f} s")
+
+    everything = {
+        "containers": ("docker ps --all --format '{{.Names}}'", "foreign"),
+        "volumes": ("docker volume ls --format '{{.Name}}'", "foreign"),
+        "images": (
+            "docker images --format '{{.Repository}}:{{.Tag}}'",
+            "foreign:free foreign:used",
+        ),
+        "networks": ("docker network ls --format '{{.Name}}'", "bridge host none"),
+    }
+    left = {kind: sorted(machine.run(command).split()) for kind, (command, _) in everything.items()}
+    assert left == {kind: expected.split() for kind, (_, expected) in everything.items()}
+    assert machine.attempt(f"ls -d {folders}").stdout == ""
+
+
+def test_make_status_says_what_to_do_where_nothing_runs(machine: Machine) -> None:
+    assert "make up" in machine.run("make status", 60).rpartition("TASK [")[2]

@@ -1,0 +1,52 @@
+"""The password hashes are what RabbitMQ verifies."""
+
+import base64
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PLUGIN = Path(__file__).parents[1] / "roles/rabbitmq/filter_plugins/rabbitmq.py"
+
+
+@pytest.fixture(scope="module")
+def hashed() -> Any:
+    spec = importlib.util.spec_from_file_location("rabbitmq_filters", PLUGIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FilterModule().filters()["rabbitmq_password_hash"]
+
+
+def verifies(text: str, password: str) -> bool:
+    """Do what the broker does when somebody logs in: rabbit_password_hashing_sha256."""
+    raw = base64.b64decode(text, validate=True)
+    return len(raw) == 36 and hashlib.sha256(raw[:4] + password.encode()).digest() == raw[4:]
+
+
+def test_the_verification_agrees_with_rabbitmq_s_documentation() -> None:
+    # https://www.rabbitmq.com/docs/passwords#computing-password-hash, salt 908D C60A
+    documented = "kI3GCqW5JLMJa4iX1lo7X4D6XbYqlLgxIs30+P6tENUV2POR"
+    assert base64.b64decode(documented)[:4] == bytes.fromhex("908DC60A")
+    assert verifies(documented, "test12")
+    assert not verifies(documented, "test13")
+
+
+@pytest.mark.parametrize("password", ["test12", "", "pässwörd 🍕", "x" * 1000])
+def test_a_hash_is_one_that_the_broker_verifies(hashed: Any, password: str) -> None:
+    assert verifies(hashed(password, "admin"), password)
+
+
+def test_a_hash_is_the_same_at_every_run(hashed: Any) -> None:
+    assert hashed("test12", "admin") == hashed("test12", "admin")
+
+
+def test_users_with_one_password_do_not_share_a_hash(hashed: Any) -> None:
+    assert hashed("test12", "admin") != hashed("test12", "monitor")
+
+
+def test_another_password_brings_another_salt(hashed: Any) -> None:
+    assert hashed("test12", "admin")[:5] != hashed("test13", "admin")[:5]

@@ -1,0 +1,97 @@
+"""The tree is what its own map says, and ties nobody to a place that only some can reach."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+ROLES = sorted(path for path in (ROOT / "roles").iterdir() if path.is_dir())
+REQUIREMENTS = sorted([*ROOT.glob("requirements*.txt"), *ROOT.glob("apps/*/requirements.txt")])
+role = pytest.mark.parametrize("role", ROLES, ids=lambda path: path.name)
+
+
+def tracked() -> list[Path]:
+    """Return the files that git has or would take."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def found(pattern: str) -> list[str]:
+    """Return the lines of the tracked files in which pattern is found, with their places."""
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line}"
+        for path in tracked()
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+
+
+def test_no_file_names_the_place_that_packages_come_from() -> None:
+    # Whoever has a mirror has told the tools; a written place goes past it.
+    hosts = "|".join(["pypi", "pythonhosted", "npmjs", "rubygems", "hex", "crates"])
+    assert found(rf"//([\w-]+\.)*({hosts})\.\w+") == []
+    assert found(r"(?<!\w)--(index-url|extra-index-url|find-links|trusted-host)\b") == []
+
+
+@pytest.mark.parametrize("path", REQUIREMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_requirement_has_one_version_and_its_hashes(path: Path) -> None:
+    text = re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    requirements = [line for line in text.splitlines() if line.strip()]
+    assert requirements
+    pinned = r"[\w.-]+(\[[\w,]+\])?==[\w.+!]+( ; [^:]+?)?( +--hash=sha256:[0-9a-f]{64})+ *"
+    assert [line for line in requirements if not re.fullmatch(pinned, line)] == []
+
+
+def test_every_app_has_requirements() -> None:
+    apps = {path.parent for path in ROOT.glob("apps/*/Dockerfile")}
+    assert apps
+    assert apps <= {path.parent for path in REQUIREMENTS}
+
+
+@role
+def test_a_role_has_tasks_defaults_and_specs(role: Path) -> None:
+    assert (role / "tasks/main.yml").is_file()
+    assert (role / "meta/argument_specs.yml").is_file()
+    assert (role / "defaults/main.yml").is_file() != (role / "defaults/main").is_dir()
+
+
+@role
+def test_templates_and_defaults_are_named_as_the_task_file_of_their_container(role: Path) -> None:
+    folders = [path for path in role.glob("templates/*") if path.is_dir()]
+    assert folders == list(role.glob("templates/*"))
+    named = {path.stem for path in [*folders, *role.glob("defaults/main/*.yml")]}
+    assert named <= {path.stem for path in role.glob("tasks/*.yml")}
+
+
+def test_every_preflight_is_asked() -> None:
+    values = yaml.safe_load((ROOT / "inventory/group_vars/all/main.yml").read_text())
+    written = {path.parents[1].name for path in ROOT.glob("roles/*/tasks/preflight.yml")}
+    assert set(values["preflight_roles"]) == written
+
+
+def test_every_image_has_a_version() -> None:
+    values = {
+        name: value
+        for role in ROLES
+        for path in [*role.glob("defaults/main.yml"), *role.glob("defaults/main/*.yml")]
+        for name, value in yaml.safe_load(path.read_text()).items()
+        if name.endswith("_image")
+    }
+    assert values
+    loose = re.compile(r"(?!.*:latest$)[^:]+(:\d+)?[^:]*:[\w.-]+")
+    assert {name for name, value in values.items() if not loose.fullmatch(value)} == set()
+
+
+def test_every_relative_link_leads_to_a_file() -> None:
+    broken = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in tracked()
+        if path.suffix == ".md"
+        for target in re.findall(r"\]\(([^)#\s]+)", path.read_text())
+        if "://" not in target and not (path.parent / target).exists()
+    ]
+    assert broken == []

@@ -1,0 +1,221 @@
+"""The configurations, rendered by Ansible from the defaults, say what the design promises."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEMPLATES = sorted(ROOT.glob("roles/*/templates/**/*.j2"))
+EXCHANGE, QUEUE, DEAD = "takeaway-in", "takeaway", "takeaway.dead"
+
+# What a pattern could match by mistake.
+NAMES = ["", EXCHANGE, QUEUE, DEAD, "amq.default", "amq.direct", "takeaway_dead", "takeawayxdead"]
+NAMES += [f"x{name}" for name in NAMES] + [f"{name}x" for name in NAMES] + ["takeaway.dead.dead"]
+
+
+@dataclass
+class Rendered:
+    """Two renderings with one folder of passwords."""
+
+    secrets: Path
+    first: Path
+    second: Path
+
+    def text(self, name: str) -> str:
+        return (self.first / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
+    folder = tmp_path_factory.mktemp("rendered")
+    made = Rendered(folder / "secrets", folder / "first", folder / "second")
+    for target in (made.first, made.second):
+        values = {
+            "stack_secrets_dir": str(made.secrets),
+            "render_to": str(target),
+            "render_roles": str(ROOT / "roles"),
+            "render_templates": [str(path) for path in TEMPLATES],
+        }
+        command = [".venv/bin/ansible-playbook", "--inventory=inventory/local.yml"]
+        done = subprocess.run(
+            [*command, f"--extra-vars={json.dumps(values)}", "tests/render.yml"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            cwd=ROOT,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+        if done.returncode != 0:
+            pytest.fail("\n".join(done.stdout.splitlines()[-40:]) + done.stderr, pytrace=False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def definitions(rendered: Rendered) -> Any:
+    return json.loads(rendered.text("rabbitmq/templates/rabbitmq/definitions.json"))
+
+
+@pytest.fixture(scope="module")
+def settings(rendered: Rendered) -> dict[str, str]:
+    """Return rabbitmq.conf as a dict; every line is `key = value`, and no key comes twice."""
+    text = rendered.text("rabbitmq/templates/rabbitmq/rabbitmq.conf")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    pairs = [re.fullmatch(r"([a-z0-9_.]+) = (\S+)", line) for line in lines]
+    assert [line for line, pair in zip(lines, pairs, strict=True) if pair is None] == []
+    found = [(pair[1], pair[2]) for pair in pairs if pair is not None]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def test_every_template_is_rendered(rendered: Rendered) -> None:
+    assert TEMPLATES
+    for template in TEMPLATES:
+        path = template.relative_to(ROOT / "roles").with_suffix("")
+        assert (rendered.first / path).read_text().strip(), path
+
+
+def test_a_second_rendering_changes_nothing(rendered: Rendered) -> None:
+    first, second = (
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (rendered.first, rendered.second)
+    )
+    assert len(first) == len(TEMPLATES)
+    assert first == second
+
+
+def test_passwords_are_long_all_different_and_for_their_owner_only(rendered: Rendered) -> None:
+    files = list(rendered.secrets.iterdir())
+    assert len(files) == 4
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+    passwords = [path.read_text().strip() for path in files]
+    assert all(re.fullmatch("[A-Za-z0-9]{32}", password) for password in passwords)
+    assert len(set(passwords)) == 4
+
+
+def test_no_rendered_file_carries_a_password(rendered: Rendered) -> None:
+    passwords = [path.read_text().strip() for path in rendered.secrets.iterdir()]
+    texts = [path.read_text() for path in rendered.first.rglob("*") if path.is_file()]
+    assert not [password for password in passwords if any(password in text for text in texts)]
+
+
+def test_there_are_four_users_and_no_guest(definitions: Any) -> None:
+    assert {user["name"]: user["tags"] for user in definitions["users"]} == {
+        "admin": ["administrator"],
+        "publisher": [],
+        "subscriber": [],
+        "monitor": ["monitoring"],
+    }
+
+
+def test_every_password_logs_its_user_in(rendered: Rendered, definitions: Any) -> None:
+    for user in definitions["users"]:
+        assert user["hashing_algorithm"] == "rabbit_password_hashing_sha256"
+        raw = base64.b64decode(user["password_hash"], validate=True)
+        password = (rendered.secrets / f"rabbitmq_{user['name']}").read_text().strip()
+        assert hashlib.sha256(raw[:4] + password.encode()).digest() == raw[4:], user["name"]
+
+
+@pytest.mark.parametrize(
+    ("user", "configure", "write", "read"),
+    [
+        ("admin", set(NAMES), set(NAMES), set(NAMES)),
+        ("publisher", {""}, {EXCHANGE}, {""}),
+        ("subscriber", {""}, {""}, {QUEUE, DEAD}),
+        ("monitor", {""}, {""}, {""}),
+    ],
+)
+def test_a_user_may_do_what_it_must_and_nothing_else(
+    definitions: Any, user: str, configure: set[str], write: set[str], read: set[str]
+) -> None:
+    (granted,) = (one for one in definitions["permissions"] if one["user"] == user)
+    assert granted["vhost"] == "/"
+    reach = {
+        kind: {name for name in NAMES if re.search(granted[kind], name)}
+        for kind in ("configure", "write", "read")
+    }
+    assert reach == {"configure": configure, "write": write, "read": read}
+
+
+def test_nobody_else_has_permissions(definitions: Any) -> None:
+    users = sorted(user["name"] for user in definitions["users"])
+    assert sorted(one["user"] for one in definitions["permissions"]) == users
+    assert "topic_permissions" not in definitions
+
+
+def test_a_durable_direct_exchange_leads_to_the_queue(definitions: Any) -> None:
+    (exchange,) = definitions["exchanges"]
+    assert (exchange["name"], exchange["type"]) == (EXCHANGE, "direct")
+    assert (exchange["durable"], exchange["auto_delete"]) == (True, False)
+    (binding,) = definitions["bindings"]
+    assert binding["destination_type"] == "queue"
+    assert [binding[key] for key in ("source", "routing_key", "destination")] == [
+        EXCHANGE,
+        QUEUE,
+        QUEUE,
+    ]
+
+
+def test_the_queues_are_durable_quorum_queues(definitions: Any) -> None:
+    queues = {queue["name"]: queue for queue in definitions["queues"]}
+    assert queues.keys() == {QUEUE, DEAD}
+    for queue in queues.values():
+        assert (queue["durable"], queue["auto_delete"]) == (True, False)
+        assert queue["arguments"] == {"x-queue-type": "quorum"}
+
+
+@pytest.mark.parametrize(
+    ("queue", "other", "limit"),
+    [
+        pytest.param(QUEUE, DEAD, 20, id="dead-letter"),
+        pytest.param(DEAD, QUEUE, -1, id="redrive"),
+    ],
+)
+def test_a_rejected_message_goes_to_the_other_queue_and_is_never_lost(
+    definitions: Any, queue: str, other: str, limit: int
+) -> None:
+    (policy,) = (one for one in definitions["policies"] if re.search(one["pattern"], queue))
+    assert [name for name in NAMES if re.search(policy["pattern"], name)] == [queue]
+    assert policy["vhost"] == "/"
+    assert policy["apply-to"] in {"queues", "quorum_queues"}
+    assert policy["definition"] == {
+        "dead-letter-exchange": "",
+        "dead-letter-routing-key": other,
+        "dead-letter-strategy": "at-least-once",
+        "overflow": "reject-publish",
+        "delivery-limit": limit,
+    }
+
+
+def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(
+    settings: dict[str, str],
+) -> None:
+    # rabbitmq_memory 1G, rabbitmq_memory_watermark 0.6
+    assert settings["vm_memory_high_watermark.absolute"] == str(int(1024**3 * 0.6))
+
+
+def test_nobody_gets_in_without_a_password(settings: dict[str, str]) -> None:
+    assert settings["anonymous_login_user"] == "none"
+    assert not [key for key in settings if key.startswith("default_user")]
+
+
+def test_the_definitions_are_read_where_they_are_mounted(settings: dict[str, str]) -> None:
+    assert settings["definitions.import_backend"] == "local_filesystem"
+    assert settings["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
+    assert settings["definitions.skip_if_unchanged"] == "true"
+
+
+def test_the_plugins_that_the_published_ports_need_are_on(rendered: Rendered) -> None:
+    # One Erlang term: a list of atoms and a full stop.
+    text = rendered.text("rabbitmq/templates/rabbitmq/enabled_plugins").strip()
+    plugins = re.fullmatch(r"\[([a-z_]+(?:,[a-z_]+)*)\]\.", text)
+    assert plugins is not None, text
+    assert set(plugins[1].split(",")) >= {"rabbitmq_management", "rabbitmq_prometheus"}
