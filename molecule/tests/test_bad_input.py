@@ -51,7 +51,10 @@ def newer_data(stack: Stack):
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"rabbitmq_prot": 5673}, ["rabbitmq_prot", "spelling"]),
+        (
+            {"rabbitmq_prot": 5673, "stack_bind_adress": "0.0.0.0"},
+            ["rabbitmq_prot", "stack_bind_adress", "spelling"],
+        ),
         ({"apps_publisher_port": "http"}, ["apps_publisher_port", "http", "int"]),
         (
             {"apps_publisher_port": 5999},

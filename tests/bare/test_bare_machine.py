@@ -146,7 +146,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 @pytest.fixture(autouse=True)
 def _earlier_steps(machine: Machine) -> None:
     if machine.broken:
-        pytest.skip(f"builds on `{machine.broken}`, which failed")
+        pytest.fail(f"builds on `{machine.broken}`, which failed", pytrace=False)
 
 
 @pytest.fixture
