@@ -17,6 +17,44 @@ PROJECT = Path(__file__).parents[2]
 INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
 
 
+# Does one thing as one user and prints how it ended.
+ATTEMPT = """
+import json, sys, pika
+user, password, host, port, action, *names = sys.argv[1:]
+def outcome():
+    credentials = pika.PlainCredentials(user, password)
+    parameters = pika.ConnectionParameters(host, int(port), credentials=credentials)
+    with pika.BlockingConnection(parameters) as connection:
+        channel = connection.channel()
+        if action == "publish":
+            channel.confirm_delivery()
+            channel.basic_publish(*names, b"hello", mandatory=True)
+        elif action == "get":
+            channel.basic_get(*names, auto_ack=True)
+        elif action == "declare":
+            channel.queue_declare(*names, durable=True)
+        elif action == "purge":
+            channel.queue_purge(*names)
+        elif action == "use up": # deliver and give back until the queue is empty
+            for count in range(100):
+                method, _, body = channel.basic_get(*names)
+                if method is None:
+                    return count
+                channel.basic_reject(method.delivery_tag, requeue=True)
+        elif action == "redrive":
+            method, _, body = channel.basic_get(*names)
+            channel.basic_reject(method.delivery_tag, requeue=False)
+            return body.decode()
+    return "ok"
+try:
+    print(json.dumps(outcome()))
+except pika.exceptions.ChannelClosedByBroker as error:
+    print(json.dumps(error.reply_code))
+except pika.exceptions.AMQPError as error:
+    print(json.dumps(type(error).__name__))
+"""
+
+
 def variables() -> dict[str, Any]:
     """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
     files = [
@@ -101,10 +139,19 @@ class Stack:
 
     def api(self, path: str, user: str = "admin", *curl: str) -> Answer:
         """Ask RabbitMQ's management API as user."""
-        password = (self.secrets / f"rabbitmq_{user}").read_text().strip()
+        password = self.password(user)
         return self.http(
             "rabbitmq_management_port", "/api" + path, "--user", f"{user}:{password}", *curl
         )
+
+    def amqp(self, user: str, action: str, *names: str, password: str | None = None) -> Any:
+        """Do one action of ATTEMPT as user; "ok", what it found, or how the broker refused."""
+        password = password or self.password(user)
+        port = str(self.vars["rabbitmq_amqp_port"])
+        return self.python(ATTEMPT, user, password, "127.0.0.1", port, action, *names)
+
+    def password(self, user: str) -> str:
+        return (self.secrets / f"rabbitmq_{user}").read_text().strip()
 
     def ready(self) -> bool:
         doors = ("apps_publisher_port", "apps_subscriber_port")

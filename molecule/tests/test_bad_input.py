@@ -38,13 +38,24 @@ def open_password(stack: Stack):
 
 
 @pytest.fixture
-def newer_data(stack: Stack):
-    """A record that a newer RabbitMQ opened the data."""
-    record = f"/var/lib/message-broker-stack/{stack.name}/rabbitmq.version"
-    before = stack.run("cat %s", record).strip()
-    stack.run("echo 99.1.0 > %s", record)
+def record(stack: Stack):
+    """The record of what opened the data, as it was before the test."""
+    file = f"/var/lib/message-broker-stack/{stack.name}/rabbitmq.version"
+    before = stack.run("cat %s", file).strip()
+    yield file
+    stack.run("echo %s > %s", before, file)
+
+
+@pytest.fixture
+def version_4_3(stack: Stack):
+    """The broker's image, saying that it is 4.3.6."""
+    image = stack.inspect("rabbitmq")["Config"]["Image"]
+    stack.docker("tag", image, "kept")
+    dockerfile = "FROM kept\\nENV RABBITMQ_VERSION=4.3.6\\n"
+    stack.run(f"printf '{dockerfile}' | docker build --tag %s -", image)
     yield
-    stack.run("echo %s > %s", before, record)
+    stack.docker("tag", "kept", image)
+    stack.docker("rmi", "kept")
 
 
 @pytest.mark.usefixtures("foreign", "port_5999")
@@ -60,6 +71,12 @@ def newer_data(stack: Stack):
             {"apps_publisher_port": 5999},
             ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"],
         ),
+        ({"apps_publisher_port": 5001}, ["5001", "published once", "apps_subscriber_port"]),
+        (
+            {"apps_publisher_confirm_timeout": 10},
+            ["apps_publisher_confirm_timeout", "10", "1 to 4"],
+        ),
+        ({"rabbitmq_host_name": "a.example"}, ["rabbitmq_host_name", "a.example", "without dots"]),
         ({"stack_name": "other"}, ["other-rabbitmq", "stack_name"]),
         ({"stack_name": "another"}, ["another-rabbitmq", "stack_name"]),
         ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
@@ -84,19 +101,29 @@ def test_a_password_file_that_others_can_read_stops_the_run(stack: Stack) -> Non
     refused(stack, ["rabbitmq_monitor", "0644", "chmod 600"])
 
 
-@pytest.mark.usefixtures("newer_data")
-def test_data_of_a_newer_broker_stop_the_run(stack: Stack) -> None:
-    refused(stack, ["99.1.0", f"{stack.name}-rabbitmq", "rabbitmq_image"])
+def test_data_of_a_newer_broker_stop_the_run(stack: Stack, record: str) -> None:
+    stack.run("echo 99.1.0 rabbit@broker1 > %s", record)
+    refused(stack, ["99.1.0", f"{stack.name}-rabbitmq", "older version", "rabbitmq_image"])
+
+
+@pytest.mark.usefixtures("version_4_3")
+def test_a_leap_over_a_version_stops_the_run(stack: Stack) -> None:
+    refused(stack, ["RabbitMQ 4.3.6", "4.0.5", "through 4.2"])
 
 
 def refused(stack: Stack, words: list[str], *args: str) -> None:
     """Check that the run stops, says words, and leaves alone what runs."""
-    before = stack.starts()
+    before = stack.starts(), secrets(stack)
     result = stack.playbook("site", *args)
     # Ansible wraps long messages.
     said = " ".join(result.stdout.split())
     assert result.returncode != 0, result.stdout[-3000:]
     assert [word for word in words if word not in said] == [], result.stdout[-3000:]
     assert "changed=0" in said
-    assert stack.starts() == before
+    assert (stack.starts(), secrets(stack)) == before
     assert stack.ready()
+
+
+def secrets(stack: Stack) -> set[str]:
+    """Return the names of all password files, of any stack."""
+    return {str(file) for file in stack.secrets.parent.rglob("*")}

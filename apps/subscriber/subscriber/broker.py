@@ -45,7 +45,7 @@ class Settings:
             broker=BrokerSettings.read(env),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             port=env.number("PORT", cls.port, 1, 65535),
-            receive_timeout=env.number("RECEIVE_TIMEOUT", cls.receive_timeout, 1, 60),
+            receive_timeout=env.number("RECEIVE_TIMEOUT", cls.receive_timeout, 1, 4),
         )
 
 

@@ -1,5 +1,14 @@
 %% Reads rabbitmq.conf as the broker does at its start, with the schemas of the plugins in this image,
-%% and says what is wrong: escript check-conf.escript FILE
+%% and says what is wrong: escript check-conf.escript FILE. With --plugins, FILE is a list of plugins,
+%% all of which the image must have.
+main(["--plugins", File]) ->
+    {ok, [Plugins]} = file:consult(File),
+    case [Plugin || Plugin <- Plugins, plugin_files("ebin/" ++ atom_to_list(Plugin) ++ ".app") =:= []] of
+        [] -> ok;
+        Missing ->
+            io:format(standard_error, "no such plugins in this image: ~p~n", [Missing]),
+            halt(1)
+    end;
 main([File]) ->
     code:add_paths(plugin_files("ebin")),
     Schema = cuttlefish_schema:files(plugin_files("priv/schema/*.schema")),
