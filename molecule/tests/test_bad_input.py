@@ -71,7 +71,11 @@ def version_4_3(stack: Stack):
             {"apps_publisher_port": 5999},
             ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"],
         ),
-        ({"apps_publisher_port": 5001}, ["5001", "published once", "apps_subscriber_port"]),
+        ({"apps_publisher_port": 5001}, ["Port 5001", "apps_publisher_port", "in use"]),
+        (
+            {"apps_publisher_port": 5998, "apps_subscriber_port": "5998"},
+            ["5998", "published once", "apps_subscriber_port"],
+        ),
         (
             {"apps_publisher_confirm_timeout": 10},
             ["apps_publisher_confirm_timeout", "10", "1 to 4"],
