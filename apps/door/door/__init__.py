@@ -1,4 +1,4 @@
-"""What the publisher and the subscriber share: settings, errors, health and metrics."""
+"""What the publisher and the subscriber share: settings, errors, health, metrics and events."""
 
 
 class BrokerUnavailable(Exception):  # noqa: N818 - a state of the broker, not a fault

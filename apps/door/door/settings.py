@@ -27,6 +27,10 @@ class Environment:
             raise ConfigError(f"{name} must be set")
         return value
 
+    def optional(self, name: str) -> str | None:
+        """Return the text of name, None when it is not set; ConfigError when it is empty."""
+        return self.text(name) if name in self._variables else None
+
     def number(self, name: str, default: int, minimum: int, maximum: int) -> int:
         """Return the whole number in name, from minimum to maximum; ConfigError otherwise."""
         raw = self._variables.get(name, str(default))
@@ -91,4 +95,21 @@ class BrokerSettings:
             socket_timeout=3,
             stack_timeout=4,
             client_properties={"connection_name": name},
+        )
+
+
+@dataclass(frozen=True)
+class EventSettings:
+    """Where the events of requests go."""
+
+    # None: nowhere, for development.
+    host: str | None = None
+    port: int = 24224
+
+    @classmethod
+    def read(cls, env: Environment) -> Self:
+        """Read FLUENTD_HOST and FLUENTD_PORT; ConfigError by name."""
+        return cls(
+            host=env.optional("FLUENTD_HOST"),
+            port=env.number("FLUENTD_PORT", cls.port, 1, 65535),
         )

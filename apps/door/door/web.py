@@ -1,4 +1,4 @@
-"""What every HTTP door answers besides its own routes: errors, health and metrics."""
+"""What every HTTP door does besides its own routes: errors, health, metrics and events."""
 
 import json
 import os
@@ -20,9 +20,12 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from werkzeug.exceptions import HTTPException
 
 from door import BrokerUnavailable
+from door.events import REQUEST_ID, Event, Sink
 
 # Seconds a client should wait before it asks again while the broker is away.
 RETRY_AFTER = 1
+# Asked every few seconds, and never by whom an event would interest.
+WITHOUT_EVENT = ("/healthz", "/metrics")
 
 REQUESTS = Counter("http_requests", "HTTP requests answered", ["route", "status"])
 DURATION = Histogram(
@@ -51,14 +54,19 @@ def json_response(status: int, body: object) -> Response:
     return Response(json.dumps(body), status, mimetype="application/json")
 
 
-def equip(app: Flask, broker: Broker) -> None:
-    """Give app `/healthz` and `/metrics`, count its requests, and make every error JSON.
+def equip(app: Flask, broker: Broker, events: Sink | None) -> None:
+    """Give app `/healthz` and `/metrics`, count and tell its requests, and make errors JSON.
 
     An error is `{"message": "<what is wrong>"}`: the caller's fault is 4xx, BrokerUnavailable
-    is 503 with `Retry-After`.
+    is 503 with `Retry-After`. Each response names its request in `X-Request-Id`; each request
+    but those of health and metrics is told to events, unless its event is deferred.
     """
-    app.before_request(_start_clock)
-    app.after_request(_count)
+
+    @app.before_request
+    def begin_event() -> None:
+        g.event = Event(events, request.headers.get(REQUEST_ID))
+
+    app.after_request(_end)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(BrokerUnavailable, _broker_unavailable)
     app.add_url_rule("/metrics", view_func=metrics)
@@ -88,24 +96,35 @@ def _forget_dead_workers(directory: Path) -> None:
             mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
 
 
-def _start_clock() -> None:
-    g.started = time.perf_counter()
+def current_event() -> Event:
+    """Return the event of the request that is being answered."""
+    event: Event = g.event
+    return event
 
 
-def _count(response: Response) -> Response:
+def _end(response: Response) -> Response:
+    event = current_event()
     route = request.url_rule.rule if request.url_rule else "none"
     REQUESTS.labels(route, response.status_code).inc()
-    DURATION.labels(route).observe(time.perf_counter() - g.started)
+    DURATION.labels(route).observe(time.perf_counter() - event.started)
+    response.headers[REQUEST_ID] = event.request_id
+    if not event.deferred and request.path not in WITHOUT_EVENT:
+        if "event" not in event.fields:
+            event.fields |= {"event": "request", "method": request.method, "path": request.path}
+        event.tell(response.status_code)
     return response
 
 
 def _http_error(error: HTTPException) -> Response:
+    # A route that knows better than the answer what may be told has said so.
+    current_event().fields.setdefault("reason", error.description)
     original = error.get_response()  # its headers matter: Allow with a 405
     body = json.dumps({"message": error.description})
     return Response(body, original.status_code, original.headers, content_type="application/json")
 
 
 def _broker_unavailable(error: BrokerUnavailable) -> Response:
+    current_event().fields["reason"] = str(error)
     response = json_response(503, {"message": str(error)})
     response.headers["Retry-After"] = str(RETRY_AFTER)
     return response

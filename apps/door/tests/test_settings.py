@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from door.settings import BrokerSettings, ConfigError, Environment
+from door.settings import BrokerSettings, ConfigError, Environment, EventSettings
 
 LOGIN = {"RABBITMQ_USER": "waiter", "RABBITMQ_PASSWORD": "s3cret"}
 
@@ -74,3 +74,15 @@ def test_parameters_carry_every_setting_and_the_connection_s_name() -> None:
     assert parameters.credentials.username == "waiter"
     assert parameters.credentials.password == "s3cret"
     assert parameters.client_properties == {"connection_name": "publisher"}
+
+
+def test_events_go_nowhere_until_a_collector_is_named() -> None:
+    assert EventSettings.read(Environment({})) == EventSettings(None, 24224)
+    env = {"FLUENTD_HOST": "fluentd", "FLUENTD_PORT": "1"}
+    assert EventSettings.read(Environment(env)) == EventSettings("fluentd", 1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("FLUENTD_HOST", ""), ("FLUENTD_PORT", "x")])
+def test_a_bad_collector_stops_the_start_by_name(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EventSettings.read(Environment({name: value}))

@@ -21,7 +21,7 @@ def broker() -> SimpleNamespace:
 @pytest.fixture
 def client(broker: SimpleNamespace) -> FlaskClient:
     app = Flask("door")
-    equip(app, broker)
+    equip(app, broker, None)
 
     @app.post("/broken/<kind>")
     def broken(kind: str) -> str:
@@ -91,13 +91,15 @@ def test_requests_are_counted_by_route_not_by_path(client: FlaskClient) -> None:
 
 WORKER = """
 import os, sys, flask, types
+from door.events import DROPPED
 from door.web import BROKER_UP, REQUESTS, equip
 BROKER_UP.set(int(sys.argv[1]))
 REQUESTS.labels("/data", 201).inc(5)
+DROPPED.inc(2)
 if sys.argv[2] == "dies":
     os._exit(0)
 app = flask.Flask("door")
-equip(app, types.SimpleNamespace(up=True))
+equip(app, types.SimpleNamespace(up=True), None)
 print(app.test_client().get("/metrics").text)
 """
 
@@ -110,4 +112,5 @@ def test_metrics_sum_the_workers_and_forget_a_dead_one_s_gauge(tmp_path: Path) -
         command = [sys.executable, "-c", WORKER, *arguments]
         text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     assert 'http_requests_total{route="/data",status="201"} 10.0' in text
+    assert "events_dropped_total 4.0" in text
     assert "broker_up 1.0" in text

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import uuid
 from typing import Protocol
 from urllib.parse import parse_qsl
 
+from door import events
 from door.settings import Environment
-from door.web import equip, json_response
+from door.web import current_event, equip, json_response
 from flask import Flask, Request, Response, abort, request
 
 from publisher.broker import Broker
@@ -32,18 +34,24 @@ class Publisher(Protocol):
     def up(self) -> bool:
         """Whether a message can be published now."""
 
-    def publish(self, body: bytes) -> None:
+    def publish(self, body: bytes, message_id: str, request_id: str) -> None:
         """Return once the broker confirmed body; BrokerUnavailable otherwise."""
 
 
-def create_app(settings: Settings | None = None, broker: Publisher | None = None) -> Flask:
-    """Return the app, by default with the environment's settings and a broker connection."""
+def create_app(
+    settings: Settings | None = None,
+    broker: Publisher | None = None,
+    sink: events.Sink | None = None,
+) -> Flask:
+    """Return the app, by default with the environment's settings, a broker and a collector."""
     settings = settings or Settings.read(Environment())
     if broker is None:
         logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(name)s: %(message)s")
         # The Broker logs what matters of it, in one line an event.
         logging.getLogger("pika").setLevel(logging.CRITICAL)
         broker = Broker(settings)
+    if sink is None:
+        sink = events.start("publisher", settings.events)
     limit = settings.max_message_bytes
 
     app = Flask("publisher", static_folder=None)
@@ -51,7 +59,7 @@ def create_app(settings: Settings | None = None, broker: Publisher | None = None
     app.config["MAX_CONTENT_LENGTH"] = 6 * limit + 64 * 1024
     app.config["MAX_FORM_MEMORY_SIZE"] = app.config["MAX_CONTENT_LENGTH"]
     app.config["MAX_FORM_PARTS"] = MAX_FIELDS
-    equip(app, broker)
+    equip(app, broker, sink)
 
     @app.get("/")
     def welcome() -> Response:
@@ -59,6 +67,8 @@ def create_app(settings: Settings | None = None, broker: Publisher | None = None
 
     @app.post("/data")
     def publish() -> Response:
+        event = current_event()
+        event.fields |= {"event": "publish", "queue": settings.routing_key}
         message = read_message(request)
         try:
             body = message.encode()
@@ -66,7 +76,9 @@ def create_app(settings: Settings | None = None, broker: Publisher | None = None
             abort(400, "The message has a lone surrogate, which UTF-8 cannot carry.")
         if len(body) > limit:
             abort(413, f"The message has {len(body)} bytes in UTF-8; at most {limit} are taken.")
-        broker.publish(body)
+        # Here, as the event of a message that the broker may not have needs its id most.
+        message_id = event.fields["message_id"] = str(uuid.uuid4())
+        broker.publish(body, message_id, event.request_id)
         return json_response(201, {"Message sent": message})
 
     return app
@@ -130,6 +142,9 @@ def _from_json(request: Request) -> object:
         body = json.loads(_body(request).decode())
     # Nesting that is too deep is a RecursionError, all else a ValueError.
     except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            # It quotes a byte of the body, which is for the client only.
+            current_event().fields["reason"] = "The body is not UTF-8."
         abort(400, f"The body is not JSON in UTF-8: {error}")
     if not isinstance(body, dict):
         abort(400, "The JSON must be an object.")

@@ -8,13 +8,13 @@ no request comes, and many requests share one connection, one wake-up and one co
 import logging
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
 from door import BrokerUnavailable
+from door.events import REQUEST_ID
 from door.web import BROKER_UP
 from pika.adapters.select_connection import SelectConnection
 from pika.channel import Channel
@@ -36,11 +36,12 @@ UNKNOWN = "whether the message was published is unknown"
 class _Message:
     """One message on its way to the broker, and the request that waits for it."""
 
-    __slots__ = ("_gate", "body", "error", "given_up", "id", "settled", "signs")
+    __slots__ = ("_gate", "body", "error", "given_up", "id", "request_id", "settled", "signs")
 
-    def __init__(self, body: bytes, signs: int) -> None:
+    def __init__(self, body: bytes, message_id: str, request_id: str, signs: int) -> None:
         self.body = body
-        self.id = str(uuid.uuid4())
+        self.id = message_id
+        self.request_id = request_id
         self.signs = signs
         self.settled = False
         self.given_up = False
@@ -98,15 +99,16 @@ class Broker:
         """Whether a message can be published now: connected, confirms on, not blocked."""
         return self._ready and not self._blocked
 
-    def publish(self, body: bytes) -> None:
+    def publish(self, body: bytes, message_id: str, request_id: str) -> None:
         """Publish body once, persistent and mandatory, and wait for the broker's confirm.
 
+        message_id must be unique; request_id travels with the message as its X-Request-Id.
         Raises BrokerUnavailable at once when the broker is away, blocks or silent; when it nacks
         or returns the message; when the connection ends or blocks while waiting; and when no
         confirm comes within the time-out, which renews the connection if nothing else was
         confirmed meanwhile. The message may then still be in the queue.
         """
-        message = _Message(body, self._signs)
+        message = _Message(body, message_id, request_id, self._signs)
         with self._lock:
             if self._connection is None or not self.up:
                 state = "blocks publishers" if self._blocked else "is not connected"
@@ -214,7 +216,10 @@ class Broker:
             self._settings.routing_key,
             message.body,
             BasicProperties(  # type: ignore[no-untyped-call]
-                content_type="text/plain", delivery_mode=2, message_id=message.id
+                content_type="text/plain",
+                delivery_mode=2,
+                message_id=message.id,
+                headers={REQUEST_ID: message.request_id},
             ),
             mandatory=True,
         )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-from door.settings import BrokerSettings, Environment
+from door.settings import BrokerSettings, Environment, EventSettings
 
 
 @dataclass(frozen=True)
@@ -11,6 +11,7 @@ class Settings:
     """Where messages go, how large they may be and how long a confirm may take."""
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
+    events: EventSettings = field(default_factory=EventSettings)
     exchange: str = "takeaway-in"
     routing_key: str = "takeaway"
     # Bytes of a message in UTF-8; RabbitMQ itself takes no more than 16 MiB.
@@ -20,9 +21,10 @@ class Settings:
 
     @classmethod
     def read(cls, env: Environment) -> Self:
-        """Read RABBITMQ_*, MAX_MESSAGE_BYTES and CONFIRM_TIMEOUT; ConfigError by name."""
+        """Read RABBITMQ_*, FLUENTD_*, MAX_MESSAGE_BYTES, CONFIRM_TIMEOUT; ConfigError by name."""
         return cls(
             broker=BrokerSettings.read(env),
+            events=EventSettings.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             routing_key=env.text("RABBITMQ_ROUTING_KEY", cls.routing_key),
             max_message_bytes=env.number(

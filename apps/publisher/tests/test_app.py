@@ -2,12 +2,20 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, urlencode
 
+import msgpack  # type: ignore[import-untyped]
 import pytest
 from door import BrokerUnavailable
 from door.settings import ConfigError, Environment
@@ -26,11 +34,19 @@ class FakeBroker:
     def __init__(self) -> None:
         self.up = True
         self.bodies: list[bytes] = []
+        self.ids: list[tuple[str, str]] = []
 
-    def publish(self, body: bytes) -> None:
+    def publish(self, body: bytes, message_id: str, request_id: str) -> None:
         if not self.up:
             raise BrokerUnavailable("The broker is not connected.")
         self.bodies.append(body)
+        self.ids.append((message_id, request_id))
+
+
+class Events(list[dict[str, Any]]):
+    def emit(self, _label: str | None, data: Mapping[str, Any]) -> bool:
+        self.append(dict(data))
+        return True
 
 
 @pytest.fixture
@@ -39,8 +55,13 @@ def broker() -> FakeBroker:
 
 
 @pytest.fixture
-def client(broker: FakeBroker) -> FlaskClient:
-    return create_app(Settings(max_message_bytes=LIMIT), broker).test_client()
+def events() -> Events:
+    return Events()
+
+
+@pytest.fixture
+def client(broker: FakeBroker, events: Events) -> FlaskClient:
+    return create_app(Settings(max_message_bytes=LIMIT), broker, events).test_client()
 
 
 def test_the_welcome_says_how_to_post(client: FlaskClient) -> None:
@@ -208,11 +229,14 @@ def test_settings_come_from_the_environment() -> None:
                 "RABBITMQ_ROUTING_KEY": "k",
                 "MAX_MESSAGE_BYTES": "7",
                 "CONFIRM_TIMEOUT": "2",
+                "FLUENTD_HOST": "f",
+                "FLUENTD_PORT": "3",
             }
         )
     )
     assert (read.broker.user, read.exchange, read.routing_key) == ("u", "e", "k")
     assert (read.max_message_bytes, read.confirm_timeout) == (7, 2)
+    assert (read.events.host, read.events.port) == ("f", 3)
     assert Settings.read(Environment(LOGIN)) == Settings(broker=read.broker)
 
 
@@ -239,6 +263,116 @@ def test_no_error_repeats_the_message(client: FlaskClient) -> None:
     answer = client.post("/data", data=b'{"message": "secret"', content_type="application/json")
     assert answer.status_code == 400
     assert "secret" not in json.dumps(answer.json)
+
+
+def test_a_published_message_is_told_with_its_ids_which_travel_with_it(
+    client: FlaskClient, broker: FakeBroker, events: Events
+) -> None:
+    answer = client.post("/data", data={"message": "secret"}, headers={"X-Request-Id": "mine"})
+    assert answer.headers["X-Request-Id"] == "mine"
+    ((message_id, request_id),) = broker.ids
+    assert uuid.UUID(message_id).version == 4
+    assert request_id == "mine"
+    (event,) = events
+    assert event.pop("duration_ms") > 0
+    assert event == {
+        "level": "info",
+        "event": "publish",
+        "request_id": "mine",
+        "message_id": message_id,
+        "queue": "takeaway",
+        "status": 201,
+    }
+
+
+def test_a_message_that_the_broker_may_not_have_is_told_with_its_id(
+    client: FlaskClient, broker: FakeBroker, events: Events
+) -> None:
+    broker.up = False
+    answer = client.post("/data", data={"message": "secret"})
+    (event,) = events
+    assert event["request_id"] == answer.headers["X-Request-Id"]
+    assert uuid.UUID(event["message_id"]).version == 4
+    assert (event["event"], event["level"], event["status"]) == ("publish", "error", 503)
+    assert event["reason"] == "The broker is not connected."
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (FORM, b"secret=1"),
+        (FORM, b"message=secret%ff"),
+        (FORM, b"message=secret" + b"&secret=1" * 100),
+        (FORM, b"message=" + b"secret" * LIMIT),
+        ("multipart/form-data; boundary=x", b"--x\r\nsecret\r\n"),
+        ("application/json", b'{"message": "secret\xe4"}'),
+        ("application/json", b'{"message": "secret'),
+        ("application/json", b'{"message": "secret\\x"}'),
+        ("application/json", b'{"message": "secret\n"}'),
+        ("application/json", b'{"message": secret}'),
+        ("application/json", b'{"secret": 1}'),
+        ("application/json", b'{"message": %s}' % (b"1" * 5000)),
+        ("secret", b"secret"),
+    ],
+)
+def test_a_refused_request_is_told_with_its_reason_and_nothing_of_its_body(
+    client: FlaskClient, events: Events, kind: str, body: bytes
+) -> None:
+    status = client.post("/data?secret", data=body, content_type=kind).status_code
+    (event,) = events
+    assert (event["event"], event["level"], event["status"]) == ("publish", "warning", status)
+    assert event["reason"]
+    assert "secret" not in str(event)
+    assert not any(part in event["reason"] for part in ("e4", "11111"))
+    assert "message_id" not in event
+
+
+def test_events_made_just_before_the_end_are_sent_by_a_worker(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as collector, socket.socket() as free:
+        collector.settimeout(10)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        env = {
+            **LOGIN,
+            "RABBITMQ_PORT": "1",
+            "FLUENTD_HOST": "127.0.0.1",
+            "FLUENTD_PORT": str(collector.getsockname()[1]),
+            "GRANIAN_HOST": "127.0.0.1",
+            "GRANIAN_PORT": str(port),
+            # A second one might still be starting at the end, when granian does not hear SIGTERM.
+            "GRANIAN_WORKERS": "1",
+            "GRANIAN_LOG_LEVEL": "error",
+            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(["apps/publisher", "apps/door"]),
+        }
+        command = [sys.executable, "-m", "publisher"]
+        with subprocess.Popen(command, env=env, cwd=PROJECT) as server:
+            try:
+                told = [post(port) for _ in range(40)]
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(10) == 0
+            finally:
+                server.kill()
+        connection, _ = collector.accept()
+        with connection, connection.makefile("rb") as stream:
+            heard = [record["request_id"] for _, _, record in msgpack.Unpacker(stream)]
+    assert heard == told
+
+
+def post(port: int) -> str:
+    """Return the request id of a POST that the absent broker fails, once the server is up."""
+    url = f"http://127.0.0.1:{port}/data"
+    end = time.monotonic() + 10
+    while True:
+        try:
+            urllib.request.urlopen(url, b"message=1", timeout=5)
+        except urllib.error.HTTPError as error:
+            with error:
+                return str(error.headers["X-Request-Id"])
+        except urllib.error.URLError:
+            assert time.monotonic() < end, "the server never answered"
+            time.sleep(0.05)
 
 
 def test_the_check_before_the_start_counts_as_no_worker() -> None:

@@ -4,7 +4,6 @@ import logging
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,11 @@ from publisher.broker import Broker
 from publisher.settings import Settings
 
 DEADLINE = 3  # seconds any promise may take
+
+
+def ids(body: bytes) -> tuple[str, str]:
+    """Return body's message id and request id."""
+    return f"message {body!r}", f"request {body!r}"
 
 
 def eventually(condition: Callable[[], bool]) -> None:
@@ -189,7 +193,7 @@ def make(stub: Stub, timeout: float = DEADLINE) -> Broker:
 
 def send(pool: ThreadPoolExecutor, broker: Broker, connection: StubConnection, body: bytes) -> Any:
     """Publish body in a thread of its own and return its future once the broker has seen it."""
-    future: Future[None] = pool.submit(broker.publish, body)
+    future: Future[None] = pool.submit(broker.publish, body, *ids(body))
     eventually(lambda: body in connection.bodies or future.done())
     return future
 
@@ -203,7 +207,9 @@ def test_publish_returns_only_after_the_confirm(stub: Stub, pool: ThreadPoolExec
     exchange, key, body, properties, mandatory = stub.last.published[0]
     assert (exchange, key, body, mandatory) == ("takeaway-in", "takeaway", b"pizza", True)
     assert (properties.delivery_mode, properties.content_type) == (2, "text/plain")
-    assert uuid.UUID(properties.message_id).version == 4
+    message_id, request_id = ids(b"pizza")
+    assert properties.message_id == message_id
+    assert properties.headers == {"X-Request-Id": request_id}
 
 
 def test_a_multiple_ack_confirms_all_up_to_it_and_no_more(
@@ -244,7 +250,7 @@ def test_publish_fails_at_once_while_not_connected(stub: Stub) -> None:
     eventually(lambda: len(stub.connections) > 0)
     started = time.monotonic()
     with pytest.raises(BrokerUnavailable, match=r"not connected.*not published"):
-        broker.publish(b"pizza")
+        broker.publish(b"pizza", *ids(b"pizza"))
     assert time.monotonic() - started < 0.5
 
 
@@ -283,7 +289,7 @@ def test_a_blocking_broker_fails_who_waits_and_who_comes_until_it_unblocks(
     assert not broker.up
     assert BROKER_UP._value.get() == 0
     with pytest.raises(BrokerUnavailable, match=r"blocks.*not published"):
-        broker.publish(b"coming")
+        broker.publish(b"coming", *ids(b"coming"))
     stub.last.unblock()
     eventually(lambda: broker.up)
     assert BROKER_UP._value.get() == 1
@@ -308,7 +314,7 @@ def test_a_message_whose_request_gave_up_is_not_sent_later(
 
     wakeups = stub.last.ioloop.wakeups
     stub.last.do(busy)
-    late = pool.submit(broker.publish, b"late")
+    late = pool.submit(broker.publish, b"late", *ids(b"late"))
     eventually(lambda: stub.last.ioloop.wakeups > wakeups)
     confirm.set()
     assert first.result(DEADLINE) is None
@@ -338,7 +344,7 @@ def test_a_silent_connection_fails_all_at_the_first_time_out_and_is_renewed(
         second.result(DEADLINE)
     # Who comes next, from behind busy threads, does not wait for a time-out of his own.
     with pytest.raises(BrokerUnavailable, match="not connected"):
-        broker.publish(b"next")
+        broker.publish(b"next", *ids(b"next"))
     stub.troubles.clear()
     eventually(lambda: broker.up)
     assert stub.last is not silent
@@ -380,7 +386,7 @@ def test_a_wake_up_lost_with_its_connection_does_not_keep_later_messages(
     first.do(lambda: hold.wait(DEADLINE) and None)
     first.lose()
     wakeups = first.ioloop.wakeups
-    future = pool.submit(broker.publish, b"unlucky")
+    future = pool.submit(broker.publish, b"unlucky", *ids(b"unlucky"))
     eventually(lambda: first.ioloop.wakeups > wakeups)
     hold.set()
     with pytest.raises(BrokerUnavailable, match="not published"):
@@ -396,7 +402,7 @@ def test_many_requests_need_one_wake_up(stub: Stub, pool: ThreadPoolExecutor) ->
     broker = make(stub)
     hold = threading.Event()
     stub.last.do(lambda: hold.wait(DEADLINE) and None)
-    futures = [pool.submit(broker.publish, b"%d" % i) for i in range(10)]
+    futures = [pool.submit(broker.publish, b"%d" % i, *ids(b"%d" % i)) for i in range(10)]
     eventually(lambda: len(broker._outbox) == 10)
     hold.set()
     eventually(lambda: len(stub.last.published) == 10)

@@ -93,7 +93,7 @@ def main() -> None:
     broker = Broker(settings)
     server = Server(
         ("0.0.0.0", settings.port),
-        create_app(broker),
+        create_app(broker, settings),
         spawn=MAX_CLIENTS,
         log=None,
         error_log=logging.getLogger("subscriber.http"),

@@ -5,29 +5,36 @@ import select
 from collections.abc import Iterator
 from socket import socket
 
-from door.web import equip
+from door import events
+from door.web import current_event, equip
 from flask import Flask, Response, request
+from pika.spec import BasicProperties
 from werkzeug.exceptions import MethodNotAllowed
 
-from subscriber.broker import Broker, Delivery
+from subscriber.broker import Broker, Delivery, Settings
 
 # Where the server puts the client's socket into the WSGI environment.
 SOCKET = "subscriber.socket"
 
 WELCOME = "Welcome. GET /receive takes the next message off the queue.\n"
 EMPTY = "No message available\n"
+HUNG_UP = "the client hung up"
 
 
 class Handover(Iterator[bytes]):
-    """One message as a response body; every way it can end settles the delivery.
+    """One message as a response body; every way it can end settles the delivery and is told.
 
     PEP 3333 calls close() after success and failure alike. Only the step after the last chunk
     tells them apart: pywsgi asks for it once `sendall` returned. A generator would not do, as
     the finally of one that never started does not run.
     """
 
-    def __init__(self, broker: Broker, delivery: Delivery, client: socket | None) -> None:
-        """Hand delivery to client (None: nobody to look at, as in a test)."""
+    def __init__(
+        self, broker: Broker, delivery: Delivery, client: socket | None, event: events.Event
+    ) -> None:
+        """Hand delivery to client (None: nobody to look at, as in a test); event is told then."""
+        event.deferred = True
+        self._event = event
         self._broker = broker
         self._delivery = delivery
         self._client = client
@@ -49,6 +56,7 @@ class Handover(Iterator[bytes]):
         if not self._settled:
             self._settled = True
             self._broker.ack(self._delivery)
+            self._event.tell(200)
         raise StopIteration
 
     def close(self) -> None:
@@ -56,19 +64,23 @@ class Handover(Iterator[bytes]):
         if not self._settled:
             self._settled = True
             self._broker.release(self._delivery)
+            self._event.fields["reason"] = HUNG_UP
+            self._event.tell(200, level="warning")
 
     def _check_client(self, sign: int) -> None:
         if self._client is not None:
             poll = select.poll()
             poll.register(self._client.fileno(), sign)
-            if any(events & (sign | select.POLLERR) for _, events in poll.poll(0)):
-                raise ConnectionResetError(errno.ECONNRESET, "the client hung up")
+            if any(seen & (sign | select.POLLERR) for _, seen in poll.poll(0)):
+                raise ConnectionResetError(errno.ECONNRESET, HUNG_UP)
 
 
-def create_app(broker: Broker) -> Flask:
-    """Return the WSGI app that hands out broker's messages."""
+def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = None) -> Flask:
+    """Return the WSGI app that hands out broker's messages, by default with a collector."""
+    if sink is None:
+        sink = events.start("subscriber", settings.events)
     app = Flask(__name__)
-    equip(app, broker)
+    equip(app, broker, sink)
 
     @app.get("/")
     def welcome() -> Response:
@@ -79,11 +91,14 @@ def create_app(broker: Broker) -> Flask:
         # Flask would answer HEAD by running this, and a message would be lost.
         if request.method == "HEAD":
             raise MethodNotAllowed(["GET"])
+        event = current_event()
+        event.fields |= {"event": "receive", "queue": settings.queue}
         delivery = broker.get()
         if delivery is None:
             response = Response(EMPTY, mimetype="text/plain")
         else:
-            body = Handover(broker, delivery, request.environ.get(SOCKET))
+            event.fields |= origin(delivery.properties)
+            body = Handover(broker, delivery, request.environ.get(SOCKET), event)
             # Passed through, so that nothing stands between the server and the body's steps.
             response = Response(body, mimetype="text/plain", direct_passthrough=True)
             response.content_length = len(delivery.body) + 1
@@ -91,3 +106,13 @@ def create_app(broker: Broker) -> Flask:
         return response
 
     return app
+
+
+def origin(properties: BasicProperties) -> dict[str, events.Value]:
+    """Return what a message tells of itself; any program may have published it, with anything."""
+    # pika gives bytes for an id that is not UTF-8.
+    message_id = properties.message_id
+    return {
+        "message_id": message_id if isinstance(message_id, str) and message_id else None,
+        "publish_request_id": events.good_id((properties.headers or {}).get(events.REQUEST_ID)),
+    }

@@ -9,14 +9,14 @@ from typing import Any, Self
 
 import gevent
 from door import BrokerUnavailable
-from door.settings import BrokerSettings, Environment
+from door.settings import BrokerSettings, Environment, EventSettings
 from door.web import BROKER_UP
 from gevent.event import AsyncResult
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel
 from pika.connection import Connection
 from pika.exceptions import AMQPError, ChannelClosedByBroker
-from pika.spec import Basic
+from pika.spec import Basic, BasicProperties
 
 LOG = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Settings:
     """What the subscriber reads from its environment."""
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
+    events: EventSettings = field(default_factory=EventSettings)
     queue: str = "takeaway"
     port: int = 5001
     # Seconds a request waits for the broker's answer.
@@ -40,9 +41,10 @@ class Settings:
 
     @classmethod
     def read(cls, env: Environment) -> Self:
-        """Read BrokerSettings' variables, RABBITMQ_QUEUE, PORT and RECEIVE_TIMEOUT."""
+        """Read RABBITMQ_*, FLUENTD_*, PORT and RECEIVE_TIMEOUT; ConfigError by name."""
         return cls(
             broker=BrokerSettings.read(env),
+            events=EventSettings.read(env),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             port=env.number("PORT", cls.port, 1, 65535),
             receive_timeout=env.number("RECEIVE_TIMEOUT", cls.receive_timeout, 1, 4),
@@ -55,6 +57,7 @@ class Delivery:
 
     tag: int
     body: bytes = field(compare=False, repr=False)
+    properties: BasicProperties = field(compare=False, repr=False)
     # A tag means something only on its own channel: on a later one it is another message's.
     channel: Channel = field(compare=False, repr=False)
 
@@ -179,11 +182,11 @@ class Broker:
             self._drop(error)
 
     def _on_message(
-        self, channel: Channel, method: Basic.GetOk, _properties: object, body: bytes
+        self, channel: Channel, method: Basic.GetOk, properties: BasicProperties, body: bytes
     ) -> None:
         if channel is self._channel:
             self._asked, self._retry = None, FIRST_RETRY
-            self._hand_out(Delivery(method.delivery_tag, body, channel))
+            self._hand_out(Delivery(method.delivery_tag, body, properties, channel))
             self._ask()
 
     def _on_empty(self, _frame: object) -> None:

@@ -9,7 +9,7 @@ import pytest
 from door import BrokerUnavailable
 from gevent import Greenlet
 from pika.exceptions import ChannelClosedByBroker, ChannelWrongStateError
-from pika.spec import Basic
+from pika.spec import Basic, BasicProperties
 from subscriber.broker import Broker, Delivery, Settings
 
 
@@ -57,7 +57,8 @@ class Channel:
         assert self._on_message is not None, "nothing was asked"
         callback, self._on_message = self._on_message, None
         self._tag += 1
-        callback(self, Basic.GetOk(delivery_tag=self._tag), None, body)
+        properties = BasicProperties(message_id=f"id-{self._tag}")  # type: ignore[no-untyped-call]
+        callback(self, Basic.GetOk(delivery_tag=self._tag), properties, body)
 
     def answer_empty(self) -> None:
         self._on_message = None

@@ -1,0 +1,214 @@
+"""One structured event for each request, sent to Fluentd's forward input in the background.
+
+An event that cannot be sent is kept within a bound, else dropped and counted. What was written to
+a collector that ends before it read it is lost uncounted: fluent-logger asks for no
+acknowledgement. What was written only in part is written again as a whole.
+"""
+
+import logging
+import re
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from multiprocessing.util import Finalize
+from queue import Empty, Full
+from typing import Protocol
+
+from fluent.asyncsender import FluentSender  # type: ignore[import-untyped]
+from prometheus_client import Counter
+
+from door.settings import EventSettings
+
+log = logging.getLogger(__name__)
+
+# The header that carries a request's id over HTTP, and with its message over AMQP.
+REQUEST_ID = "X-Request-Id"
+GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Characters of any text in an event: others choose a path or a message id.
+MAX_TEXT = 200
+
+# Events kept while the collector is away, about 300 bytes each; then the oldest are dropped.
+MAX_WAITING = 10_000
+# Events sent at once, and kept besides when that fails.
+MAX_BATCH = 1000
+# Seconds between two sends: what comes meanwhile shares the next one.
+PAUSE = 0.1
+# Seconds between two attempts while the collector is away: PAUSE, doubled up to this.
+LAST_DELAY = 2.0
+# Seconds that close() gives to the last events.
+CLOSE_TIMEOUT = 2.0
+WAKE_UP = b""
+
+DROPPED = Counter("events_dropped", "Events that were not sent to the collector")
+
+Value = str | int | float | None
+
+
+class Sink(Protocol):
+    """Where events go, and what fluent-logger's senders offer."""
+
+    def emit(self, label: str | None, data: Mapping[str, Value]) -> bool:
+        """Take data now, without waiting for its way; whether it was taken."""
+
+
+class Sender(FluentSender):  # type: ignore[misc]
+    """fluent-logger's asynchronous sender, with another thread and another end.
+
+    Follows 0.11.1, whose emit() packs an event and puts it into a bounded queue. Its `_send_loop`
+    sends each event alone, and its close() waits for as long as every one of them takes to fail;
+    both are overridden here. `_batch` belongs to the thread.
+    """
+
+    _closed: bool
+
+    def __init__(self, tag: str, host: str, port: int) -> None:
+        """Start the thread, so make one per worker process, after the fork."""
+        self._batch: list[bytes] = []
+        self._away = False
+        self._closing = threading.Event()
+        super().__init__(
+            tag,
+            host,
+            port,
+            nanosecond_precision=True,
+            msgpack_kwargs={"unicode_errors": "replace"},
+            queue_maxsize=MAX_WAITING,
+            queue_circular=True,
+            queue_overflow_handler=lambda _: DROPPED.inc(),
+        )
+
+    def close(self) -> None:
+        """Send what waits, within CLOSE_TIMEOUT, and count the rest as dropped.
+
+        What the thread is still sending then counts as dropped although it may arrive. The lock
+        is not held meanwhile, unlike in fluent-logger.
+        """
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._closing.set()
+        # A full queue wakes the thread as well.
+        with suppress(Full):
+            self._queue.put_nowait(WAKE_UP)
+        self._send_thread.join(CLOSE_TIMEOUT)
+        left = self._batch + self._waiting()
+        if left:
+            DROPPED.inc(len(left))
+            log.warning("%d events were dropped at the end", len(left))
+
+    def _send(self, bytes_: bytes) -> bool:
+        taken = bool(super()._send(bytes_))
+        if not taken:  # closed
+            DROPPED.inc()
+        return taken
+
+    def _waiting(self, limit: int = MAX_WAITING) -> list[bytes]:
+        """Take at most limit events from the queue, and do not wait for any."""
+        events: list[bytes] = []
+        with suppress(Empty):
+            while len(events) < limit:
+                if event := self._queue.get_nowait():
+                    events.append(event)
+        return events
+
+    # What follows runs in the thread.
+
+    def _send_loop(self) -> None:
+        delay = PAUSE
+        while self._fill_batch():
+            if self._send_batch():
+                delay = PAUSE
+            elif self._closing.is_set():
+                break
+            else:
+                delay = min(2 * delay, LAST_DELAY)
+            self._closing.wait(delay)
+        self._close()
+
+    def _fill_batch(self) -> bool:
+        """Wait for events unless some are left; False when none is and close() was called."""
+        while not self._batch:
+            if self._closing.is_set():
+                self._batch = self._waiting(MAX_BATCH)
+                break
+            # WAKE_UP follows `_closing`: what is set after the look above ends this wait.
+            if first := self._queue.get():
+                self._batch = [first, *self._waiting(MAX_BATCH - 1)]
+        return bool(self._batch)
+
+    def _send_batch(self) -> bool:
+        """Send the batch by one call; whether it was sent. One line tells of each change."""
+        try:
+            self._send_data(b"".join(self._batch))
+        except Exception as error:  # whatever it was, the answer is the next attempt
+            self._close()
+            if not self._away:
+                log.warning("No events reach %s:%d: %s", self.host, self.port, error)
+            self._away = True
+            return False
+        if self._away:
+            log.info("Events reach %s:%d again", self.host, self.port)
+        self._away = False
+        self._batch = []
+        return True
+
+
+class Event:
+    """What is told of one request, once; `fields` may be added to until then."""
+
+    def __init__(self, sink: Sink | None, request_id: str | None) -> None:
+        """Begin now; a request_id that is missing or not a GOOD_ID is replaced by a new one."""
+        self.started = time.perf_counter()
+        self.request_id = good_id(request_id) or uuid.uuid4().hex
+        self.fields: dict[str, Value] = {}
+        # Whether somebody tells it later than with the response.
+        self.deferred = False
+        self._sink = sink
+
+    def tell(self, status: int, level: str | None = None) -> None:
+        """Send the event, with the time since its start; level follows from status, or is given.
+
+        Fields that are None are left out, and texts are cut to MAX_TEXT characters.
+        """
+        if self._sink is None:
+            return
+        milliseconds = (time.perf_counter() - self.started) * 1000
+        fields = {
+            "level": level or _level(status),
+            "request_id": self.request_id,
+            **self.fields,
+            "status": status,
+            "duration_ms": round(milliseconds, 3),
+        }
+        self._sink.emit(
+            None,
+            {
+                name: value[:MAX_TEXT] if isinstance(value, str) else value
+                for name, value in fields.items()
+                if value is not None
+            },
+        )
+
+
+def start(tag: str, settings: EventSettings) -> Sender | None:
+    """Return the sender of this process, which ends with it; None when no collector is set."""
+    if settings.host is None:
+        return None
+    sender = Sender(tag, settings.host, settings.port)
+    # Not atexit: Python 3.11 does not call it in processes of multiprocessing, as granian's are.
+    Finalize(None, sender.close, exitpriority=0)
+    return sender
+
+
+def good_id(value: object) -> str | None:
+    """Return value when it is a request id as this project takes it."""
+    return value if isinstance(value, str) and GOOD_ID.fullmatch(value) else None
+
+
+def _level(status: int) -> str:
+    if status < 400:
+        return "info"
+    return "warning" if status < 500 else "error"
