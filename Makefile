@@ -38,6 +38,9 @@ molecule: .venv/.test
 test-bare: .venv/.test
 	$(PYTEST) tests/bare
 
+bench: .venv/.test
+	python3 bench/collector.py
+
 # --no-compile: Python compiles what it uses, a tenth of it.
 .venv/.run: requirements.txt
 	python3 -m venv .venv
@@ -52,6 +55,7 @@ test-bare: .venv/.test
 COMPILE = uv pip compile --quiet $(UPGRADE) --universal --generate-hashes --python-version 3.11 \
 	--no-emit-find-links --no-annotate --custom-compile-command "make requirements"
 requirements: .venv/.test
+	$(COMPILE) apps/collector/pyproject.toml --output-file apps/collector/requirements.txt
 	$(COMPILE) apps/publisher/pyproject.toml --output-file apps/publisher/requirements.txt
 	$(COMPILE) apps/subscriber/pyproject.toml --output-file apps/subscriber/requirements.txt
 	$(COMPILE) pyproject.toml --output-file requirements.txt

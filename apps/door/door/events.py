@@ -16,7 +16,7 @@ from multiprocessing.util import Finalize
 from queue import Empty, Full
 from typing import Protocol
 
-from fluent.asyncsender import FluentSender  # type: ignore[import-untyped]
+from fluent.asyncsender import FluentSender
 from prometheus_client import Counter
 
 from door.settings import EventSettings

@@ -1,0 +1,1 @@
+"""Takes the containers' logs into files where the official Fluentd image cannot be had."""
