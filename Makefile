@@ -1,4 +1,4 @@
-# make up | status | down | clean | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
+# make up | status | logs | down | clean | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
 SHELL := /bin/bash
 INVENTORY ?= inventory/local.yml
 ARGS ?=
@@ -10,7 +10,11 @@ unexport PYTHONDONTWRITEBYTECODE
 PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
-.PHONY: up status down clean images test lint unit molecule test-bare requirements
+# Which log files `make logs` follows, of which stack.
+S ?= rabbitmq publisher subscriber other
+STACK ?= broker
+
+.PHONY: up status logs down clean images test lint unit molecule test-host test-bare bench requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -19,14 +23,27 @@ up: .venv/.run
 status down clean images: .venv/.run
 	$(PLAYBOOK) playbooks/$@.yml
 
-test: lint unit molecule test-bare
+# On the Docker host itself. Tomorrow's files, too: tail waits for what is not there yet.
+logs:
+	@folder=$$(docker inspect --format '{{range .Mounts}}{{if eq .Destination "/fluentd/log"}}{{.Source}}{{end}}{{end}}' $(STACK)-fluentd) && \
+	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
+		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
+
+# What waits for packages goes beside what computes; Molecule and the bare machine both need the engine and Debian's image.
+test: .venv/.test
+	$(MAKE) --jobs=2 --output-sync test-host lint unit
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) test-bare > $$log 2>&1 & bare=$$!; $(MAKE) molecule; status=$$?; \
+	wait $$bare || status=$$?; cat $$log; exit $$status
+
+test-host: .venv/.run
+	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/bare/host.yml
 
 lint: .venv/.test
 	yamllint --strict .
 	ansible-lint --offline
 	ruff check
 	ruff format --check
-	mypy apps/door/door apps/publisher/publisher apps/subscriber/subscriber
+	mypy apps/collector/collector apps/door/door apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 
 unit: .venv/.test

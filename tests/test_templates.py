@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 TEMPLATES = sorted(ROOT.glob("roles/*/templates/**/*.j2"))
@@ -193,6 +194,42 @@ def test_a_rejected_message_goes_to_the_other_queue_and_is_never_lost(
         "overflow": "reject-publish",
         "delivery-limit": limit,
     }
+
+
+def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) -> None:
+    text = rendered.text("fluentd/templates/fluentd/fluent.conf")
+    (named,) = re.findall(r"^<match /\\A\((.+)\)\\z/>$", text, re.MULTILINE)
+    tags = {}
+    for path in ROOT.glob("roles/*/tasks/*.yml"):
+        for task in yaml.safe_load(path.read_text()):
+            if container := task.get("community.docker.docker_container"):
+                options = str(container.get("log_options"))
+                tag = re.search(r"stack_log_options \| combine\(\{'tag': '(\w+)'\}\)", options)
+                tags[path.stem] = tag[1] if tag else None
+    # A container's name is its task file's.
+    assert tags.pop("fluentd") is None
+    assert tags == {name: name for name in tags}
+    assert tags.keys() <= set(named.split("|"))
+
+
+def test_every_engine_since_20_10_knows_the_options_of_its_log_driver() -> None:
+    values = yaml.safe_load((ROOT / "inventory/group_vars/all/main.yml").read_text())
+    assert values["stack_log_options"].keys() <= {
+        "fluentd-address",
+        "fluentd-async",
+        "fluentd-buffer-limit",
+        "fluentd-max-retries",
+        "fluentd-request-ack",
+        "fluentd-retry-wait",
+        "fluentd-sub-second-precision",
+    }
+
+
+def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
+    text = rendered.text("fluentd/templates/fluentd/fluent.conf")
+    paths = re.findall(r"^<match (.+)>\n  @type file\n  path (\S+)$", text, re.MULTILINE)
+    assert len(paths) == 2
+    assert [match for match, path in paths if "${tag}" in path and "*" in match] == []
 
 
 def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(

@@ -10,13 +10,19 @@ from conftest import Stack, eventually
 
 @pytest.fixture(scope="module")
 def foreign(stack: Stack):
-    """A container and a volume of somebody else's, with the names of a stack called other."""
+    """What is somebody else's: a container, a volume, a network and folders."""
+    stack.run("ln -s %s /tmp/link && mkdir -p /tmp/full/x", stack.vars["fluentd_log_dir"])
+    stack.run("install --directory --owner 999 /tmp/used")
     image = stack.inspect("rabbitmq")["Config"]["Image"]
-    stack.docker("create", "--name", "other-rabbitmq", image, "true")
-    stack.docker("volume", "create", "another-rabbitmq")
+    create = ("create", "--name", "other-fluentd", "--volume", "/tmp/used:/logs")
+    stack.docker(*create, image, "true")
+    stack.docker("volume", "create", "other-fluentd")
+    stack.docker("network", "create", "third")
     yield
-    stack.docker("rm", "--volumes", "other-rabbitmq")
-    stack.docker("volume", "rm", "another-rabbitmq")
+    stack.docker("network", "rm", "third")
+    stack.run("rm -r /tmp/link /tmp/full /tmp/used")
+    stack.docker("rm", "--volumes", "other-fluentd")
+    stack.docker("volume", "rm", "other-fluentd")
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +74,9 @@ CASES = [
     ),
     ({"apps_publisher_port": "http"}, ["apps_publisher_port", "http", "int"]),
     (
-        {"apps_publisher_port": 5999},
-        ["Port 5999", "apps_publisher_port", "127.0.0.1", "in use"],
+        {"rabbitmq_amqp_port": 5999, "rabbitmq_metrics_port": 5001},
+        ["Port 5999 (rabbitmq_amqp_port)", "Port 5001 (rabbitmq_metrics_port)", "in use"],
     ),
-    ({"apps_publisher_port": 5001}, ["Port 5001", "apps_publisher_port", "in use"]),
     (
         {"apps_publisher_port": 5998, "apps_subscriber_port": "5998"},
         ["5998", "published once", "apps_subscriber_port"],
@@ -80,13 +85,23 @@ CASES = [
         {"apps_publisher_confirm_timeout": 10},
         ["apps_publisher_confirm_timeout", "10", "1 to 4"],
     ),
-    ({"rabbitmq_host_name": "a.example"}, ["rabbitmq_host_name", "a.example", "without dots"]),
-    ({"stack_name": "other"}, ["other-rabbitmq", "stack_name"]),
-    ({"stack_name": "another"}, ["another-rabbitmq", "stack_name"]),
+    ({"rabbitmq_host_name": "another"}, ["rabbitmq_host_name", "another", "to broker1"]),
+    (
+        {"rabbitmq_host_name": "a.example", "rabbitmq_disk_free_limit": "two"},
+        ["is a.example;", "without dots", "rabbitmq_disk_free_limit is two;", "2GB"],
+    ),
+    ({"stack_name": "other"}, ["other-fluentd", "container of", "volume at", "stack_name"]),
+    ({"stack_name": "third"}, ["network third", "stack_name"]),
     ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
     ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
     ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
-    ({"rabbitmq_disk_free_limit": "two"}, ["rabbitmq_disk_free_limit", "two", "2GB"]),
+    (
+        {"fluentd_log_limit": "much", "fluentd_log_dir": "/tmp/../etc"},
+        ["fluentd_log_limit is much;", "500M", "fluentd_log_dir is /tmp/../etc;", "whole path"],
+    ),
+    ({"fluentd_log_dir": "/tmp/link"}, ["fluentd_log_dir", "/tmp/link", "a link"]),
+    ({"fluentd_log_dir": "/tmp/full"}, ["fluentd_log_dir", "/tmp/full", "folder of root"]),
+    ({"fluentd_log_dir": "/tmp/used"}, ["fluentd_log_dir", "/tmp/used", "/other-fluentd"]),
     (
         {"image_registry": "http://registry:5000"},
         ["image_registry", "http://registry:5000", "host:port"],
@@ -120,18 +135,19 @@ def test_a_password_file_that_others_can_read_stops_the_run(stack: Stack) -> Non
 
 def test_data_of_a_newer_broker_stop_the_run(stack: Stack, record: str) -> None:
     stack.run("echo 99.1.0 rabbit@broker1 > %s", record)
-    refused(stack, ["99.1.0", f"{stack.name}-rabbitmq", "older version", "rabbitmq_image"])
+    words = ["99.1.0", f"{stack.name}-rabbitmq", "older version", "rabbitmq_image"]
+    refused(stack, words, "--tags", "rabbitmq")
 
 
 @pytest.mark.usefixtures("version_4_3")
 def test_a_leap_over_a_version_stops_the_run(stack: Stack) -> None:
-    refused(stack, ["RabbitMQ 4.3.6", "4.0.5", "through 4.2"])
+    refused(stack, ["RabbitMQ 4.3.6", "4.0.5", "through 4.2"], "--tags", "rabbitmq")
 
 
-def refused(stack: Stack, words: list[str]) -> None:
+def refused(stack: Stack, words: list[str], *args: str) -> None:
     """Check that the run stops, says words, and leaves all as it was."""
     before = state(stack)
-    assert_refusal(stack.playbook("site"), words)
+    assert_refusal(stack.playbook("site", *args), words)
     assert state(stack) == before
     assert stack.ready()
 

@@ -12,6 +12,7 @@ from conftest import Stack, eventually
         "rabbitmq_metrics_port",
         "apps_publisher_port",
         "apps_subscriber_port",
+        "fluentd_port",
     ],
 )
 def test_a_published_port_listens_on_loopback_alone(stack: Stack, port: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from conftest import Stack
 
-SERVICES = ["rabbitmq", "publisher", "subscriber"]
+SERVICES = ["fluentd", "rabbitmq", "publisher", "subscriber"]
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -16,10 +16,9 @@ import pytest
 from readme import matches, walkthrough
 
 ROOT = Path(__file__).parents[2]
-STACK = "broker-test"  # names the images, as in Molecule's tests; never the user's own stack
 PROJECT = "/root/project"
 PULLED = ("debian:", "rabbitmq:")
-SERVICES = ("rabbitmq", "publisher", "subscriber")
+SERVICES = ("fluentd", "rabbitmq", "publisher", "subscriber")
 
 # Where HTTPS leads through a private authority or a proxy, the machine is told as its host was.
 NAMES = "PIP_CERT SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE http_proxy https_proxy no_proxy"
@@ -98,13 +97,10 @@ def host(*command: str, stdin: bytes | None = None, timeout: int = 120) -> str:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     folder = tmp_path_factory.mktemp("bare")
-    settings = {
-        "stack_name": STACK,
-        "stack_secrets_dir": folder / "secrets",
-        "bare_image_file": folder / "image",
-    }
-    extra = [f"--extra-vars={name}={value}" for name, value in settings.items()]
-    host(".venv/bin/ansible-playbook", *extra, "tests/bare/host.yml", timeout=900)
+    # The images' names are those of Molecule's tests; never the user's own stack's.
+    stack = "--extra-vars=@molecule/shared/test_stack.yml"
+    image = f"--extra-vars=bare_image_file={folder / 'image'}"
+    host(".venv/bin/ansible-playbook", stack, image, "tests/bare/host.yml", timeout=900)
 
     name = f"broker-bare-{secrets.token_hex(3)}"
     # fmt: off
@@ -222,7 +218,7 @@ def test_make_up_brings_the_stack_up_from_nothing(
     say(f"cold make up: {cold:.0f} s, {seconds['venv']:.0f} of them for the tools")
     shown = table(output)
     for service in SERVICES:
-        assert re.search(r" http://localhost:\d+ Up ", shown.get(service, "")), output[-2000:]
+        assert re.search(r" \w+://localhost:\d+ Up ", shown.get(service, "")), output[-2000:]
     assert cold <= 360
 
 
@@ -262,7 +258,27 @@ def test_make_status_shows_the_table(
     shown = table(timed(machine, seconds, "status", "make status", 60))
     say(f"make status: {seconds['status']:.0f} s")
     for service in SERVICES:
-        assert re.search(r" http://localhost:\d+ Up ", shown.get(service, "")), shown
+        assert re.search(r" \w+://localhost:\d+ Up ", shown.get(service, "")), shown
+
+
+def test_make_logs_follows_the_files(machine: Machine) -> None:
+    followed = machine.attempt("timeout 2 make logs S=publisher").stdout
+    assert "\tpublisher\t{" in followed
+    assert "\trabbitmq\t{" not in followed
+    assert "\trabbitmq\t{" in machine.attempt("timeout 2 make logs").stdout
+
+
+def test_make_down_keeps_messages_and_passwords_for_the_next_make_up(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    passwords = machine.run("cat inventory/.secrets/broker/*")
+    machine.run("curl --fail --silent --data message=kept http://localhost:5000/data")
+    timed(machine, seconds, "down", "make down", 120)
+    assert machine.run("docker ps --all --quiet") == ""
+    timed(machine, seconds, "back", "make up", 180)
+    say(f"make down: {seconds['down']:.0f} s, make up after it: {seconds['back']:.0f} s")
+    assert machine.run("curl --fail --silent http://localhost:5001/receive") == "kept\n"
+    assert machine.run("cat inventory/.secrets/broker/*") == passwords
 
 
 def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(
@@ -277,7 +293,9 @@ def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(
     folders = (
         "inventory/.secrets/broker "
         "/etc/message-broker-stack/broker "
-        "/var/lib/message-broker-stack/broker"
+        "/var/lib/message-broker-stack/broker "
+        "/etc/tmpfiles.d/message-broker-stack-broker.conf "
+        "/tmp/file"
     )
     machine.run(f"ls -d {folders}")
 

@@ -1,0 +1,258 @@
+"""Every container's log is in files, and no line of a container that runs on is lost."""
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from conftest import Stack, eventually
+
+SERVICES = ["rabbitmq", "publisher", "subscriber"]
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
+
+# Sends each tag given as JSON, with one record, in a connection of its own.
+SEND = """
+import json, socket, struct, sys, time
+port, *tags = sys.argv[1:]
+for tag in map(json.loads, tags):
+    name = tag.encode()
+    frame = b"\\x93\\xdb" + struct.pack(">I", len(name)) + name
+    frame += b"\\xce" + struct.pack(">I", int(time.time())) + b"\\x81\\xa3log\\xa7hostile"
+    with socket.create_connection(("127.0.0.1", int(port))) as connection:
+        connection.sendall(frame)
+print("null")
+"""
+
+
+def lines(stack: Stack, service: str) -> list[str]:
+    """Return all lines of a service's files, without those that wait in a staged chunk."""
+    return stack.run(f"cat {stack.vars['fluentd_log_dir']}/{service}.*.log || true").splitlines()
+
+
+def events(stack: Stack, service: str) -> list[dict[str, Any]]:
+    """Return the structured events in a service's files."""
+    records = [json.loads(line.split("\t", 2)[2]) for line in lines(stack, service)]
+    return [record for record in records if "event" in record]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_services_lines_are_in_a_file_of_its_name(stack: Stack, service: str) -> None:
+    logs = f"docker logs --tail 1 {stack.container(service)} 2>&1"
+    said = json.dumps(stack.run(logs).rstrip("\n"), ensure_ascii=False)
+    file = f"{stack.vars['fluentd_log_dir']}/{service}.{datetime.now(UTC):%Y%m%d}.log"
+    eventually(
+        lambda: f'"log":{said}' in stack.host.run("cat %s", file).stdout, 10, f"{said} is in {file}"
+    )
+    for line in stack.run("cat %s", file).splitlines():
+        assert re.match(rf"{TIME}\t{service}\t\{{", line)
+
+
+def test_only_fluentds_own_log_does_not_go_through_fluentd(stack: Stack) -> None:
+    configs = {name: stack.inspect(name)["HostConfig"]["LogConfig"] for name in SERVICES}
+    assert {config["Type"] for config in configs.values()} == {"fluentd"}
+    assert {name: config["Config"]["tag"] for name, config in configs.items()} == {
+        name: name for name in SERVICES
+    }
+    own = stack.inspect("fluentd")["HostConfig"]["LogConfig"]
+    assert own == {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
+
+
+def test_its_http_door_is_on_the_stacks_network_alone(stack: Stack) -> None:
+    assert stack.inspect("fluentd")["NetworkSettings"]["Ports"].get("9880/tcp") is None
+    post(stack, "alerts", '{"receiver": "files", "alerts": []}')
+    eventually(
+        lambda: any('{"receiver":"files","alerts":[]}' in line for line in lines(stack, "alerts")),
+        10,
+        "the notification is in a file",
+    )
+
+
+@pytest.mark.usefixtures("empty_queue")
+def test_one_grep_shows_a_messages_way(stack: Stack) -> None:
+    header = "--header", "X-Request-Id: way-of-1"
+    sent = stack.http("apps_publisher_port", "/data", *header, "--data", "message=secret-body")
+    assert (sent.status, sent.headers["x-request-id"]) == (201, "way-of-1")
+    received = stack.receive()
+    assert received.text == "secret-body\n"
+    folder = stack.vars["fluentd_log_dir"]
+    grep = f"grep --no-filename way-of-1 {folder}/publisher.*.log {folder}/subscriber.*.log"
+    eventually(
+        lambda: len(stack.host.run(grep).stdout.splitlines()) == 2, 10, "both events are in files"
+    )
+    publish, receive = (json.loads(line.split("\t", 2)[2]) for line in stack.run(grep).splitlines())
+    queue = stack.vars["stack_queue"]
+    assert publish == {
+        "level": "info",
+        "event": "publish",
+        "request_id": "way-of-1",
+        "message_id": publish["message_id"],
+        "queue": queue,
+        "status": 201,
+        "duration_ms": publish["duration_ms"],
+    }
+    assert receive == {
+        "level": "info",
+        "event": "receive",
+        "request_id": received.headers["x-request-id"],
+        "publish_request_id": "way-of-1",
+        "message_id": publish["message_id"],
+        "queue": queue,
+        "status": 200,
+        "duration_ms": receive["duration_ms"],
+    }
+    assert all(0 < event["duration_ms"] < 5000 for event in (publish, receive))
+    assert stack.host.run(f"grep --recursive secret-body {folder}").rc == 1
+
+
+def test_a_refused_request_is_an_event(stack: Stack) -> None:
+    header = "--header", "X-Request-Id: refused-1"
+    assert stack.http("apps_publisher_port", "/data", *header, "--data", "text=x").status == 400
+    found: list[dict[str, Any]] = []
+
+    def arrived() -> bool:
+        found[:] = [e for e in events(stack, "publisher") if e["request_id"] == "refused-1"]
+        return bool(found)
+
+    eventually(arrived, 10, "the event is in a file")
+    assert (found[0]["level"], found[0]["status"]) == ("warning", 400)
+
+
+def test_without_fluentd_everything_starts_and_works(stack: Stack) -> None:
+    stack.docker("stop", stack.container("fluentd"))
+    try:
+        for service in SERVICES:
+            stack.docker("restart", stack.container(service))
+        stack.wait_until_ready(90)
+        assert stack.send("without a log").status == 201
+        assert stack.receive().text == "without a log\n"
+    finally:
+        stack.docker("start", stack.container("fluentd"))
+        eventually(lambda: healthy(stack), 60, "fluentd is back")
+    connected = stack.inspect("publisher")["State"]["StartedAt"][:23]
+    eventually(
+        lambda: any(
+            "Connected to the broker" in line and line[:23] > connected
+            for line in lines(stack, "publisher")
+        ),
+        30,
+        "what was said meanwhile is in the files",
+    )
+
+
+@pytest.fixture
+def writers(stack: Stack) -> Iterator[list[str]]:
+    """Three containers that log as the stack's do: 20 lines a second for 40 seconds."""
+    like = stack.inspect("publisher")
+    options = like["HostConfig"]["LogConfig"]["Config"]
+    script = "i=0; while [ $i -lt 800 ]; do echo line $i; i=$((i+1)); sleep 0.05; done; sleep 600"
+    names = [f"writer-{number}" for number in range(3)]
+    for name in names:
+        log = [f"--log-opt={key}={value}" for key, value in (options | {"tag": name}).items()]
+        command = ["--init", "--entrypoint", "sh", like["Config"]["Image"], "-c", script]
+        stack.docker("run", "--detach", "--name", name, "--log-driver=fluentd", *log, *command)
+    yield names
+    stack.docker("rm", "--force", *names)
+
+
+def test_no_line_is_lost_while_fluentd_is_away_or_killed(stack: Stack, writers: list[str]) -> None:
+    def written() -> int:
+        return int(stack.docker("logs", "--tail", "1", writers[0]).split()[-1])
+
+    eventually(lambda: written() > 50, 20, "the containers log")
+    stack.docker("stop", stack.container("fluentd"))
+    stopped = written()
+    # At 20 lines a second.
+    eventually(lambda: written() > stopped + 400, 60, "20 s have passed")
+    stack.docker("start", stack.container("fluentd"))
+    eventually(lambda: healthy(stack), 60, "fluentd is back")
+    pid = stack.inspect("fluentd")["State"]["Pid"]
+    stack.run("kill -9 %s", str(pid))
+    eventually(lambda: healthy(stack), 60, "fluentd is back after kill -9")
+    expected = {f"{name} line {number}" for name in writers for number in range(800)}
+    missing = expected
+
+    def complete() -> bool:
+        nonlocal missing
+        found = set()
+        for line in lines(stack, "other"):
+            _, tag, record = line.split("\t", 2)
+            found.add(f"{tag} {json.loads(record).get('log')}")
+        missing = expected - found
+        return not missing
+
+    try:
+        eventually(complete, 60, "each line is in the files")
+    finally:
+        print(f"{len(missing)} of {len(expected)} lines missing")
+
+
+def test_a_hostile_tag_names_no_file(stack: Stack) -> None:
+    before = folders(stack)
+    tags = ["../../x", "../../fluentd/log/rabbitmq", "", "x" * 10_000, "a\0b", "rabbitmq\nx", "/"]
+    send = [json.dumps(tag) for tag in tags]
+    stack.python(SEND, str(stack.vars["fluentd_port"]), *send)
+    eventually(
+        lambda: sum('"hostile"' in line for line in lines(stack, "other")) >= len(tags),
+        10,
+        "each is in the file of all other tags",
+    )
+    assert folders(stack) == before
+    assert healthy(stack)
+
+
+def test_an_old_file_is_deleted(stack: Stack) -> None:
+    days = stack.vars["fluentd_log_days"]
+    said, left = prune(
+        stack,
+        f"touch --date='{days} days ago 1 hour ago' alerts.20260101.log",
+        f"touch --date='{days} days ago 1 hour' alerts.20260102.log",
+    )
+    assert f"deleted alerts.20260101.log: older than {days} days" in said
+    assert left == ["alerts.20260102.log"]
+
+
+def test_the_oldest_files_go_when_all_are_too_large(stack: Stack) -> None:
+    assert stack.vars["fluentd_log_limit"] == "1G"
+    said, left = prune(
+        stack,
+        "for n in 1 2 3 4 5 6; do truncate --size 200M alerts.2026010$n.log",
+        'touch --date="$n hours ago" alerts.2026010$n.log; done',
+    )
+    # Five of them fit; each was too large for one day's file.
+    found = [re.fullmatch(r"alerts\.2026010(\d)\.\d{6}\.log", name) for name in left]
+    assert [name and name[1] for name in found] == ["1", "2", "3", "4", "5"]
+    assert re.search(r"deleted \S*alerts\.20260106\.\d{6}\.log: more than 1G in all", said)
+
+
+def prune(stack: Stack, *make: str) -> tuple[str, list[str]]:
+    """Make files alerts.202601… and prune: what that says, and those that are left."""
+    enter = f"cd {stack.vars['fluentd_log_dir']}"
+    stack.run("; ".join([enter, *make]))
+    try:
+        said = stack.docker("exec", stack.container("fluentd"), "sh", "/fluentd/etc/prune.sh")
+        return said, stack.run(f"{enter} && ls alerts.202601*").split()
+    finally:
+        stack.run(f"{enter} && rm --force alerts.202601*")
+
+
+def post(stack: Stack, tag: str, body: str) -> None:
+    """Post body, JSON, from the stack's network, as Alertmanager does."""
+    address = stack.inspect("fluentd")["NetworkSettings"]["Networks"][stack.name]["IPAddress"]
+    json_type = "--header 'Content-Type: application/json'"
+    url = f"http://{address}:9880/{tag}"
+    stack.run(f"curl --silent --show-error --fail {json_type} --data %s %s", body, url)
+
+
+def healthy(stack: Stack) -> bool:
+    state = stack.inspect("fluentd")["State"]
+    return bool(state["Running"] and state["Health"]["Status"] == "healthy")
+
+
+def folders(stack: Stack) -> set[str]:
+    """Return the files that are not logs: in /tmp, beside the folder, and in the container."""
+    outside = stack.run("find /tmp /fluentd -path /tmp/file -prune -o -print || true").split("\n")
+    names = stack.run("ls --almost-all %s", stack.vars["fluentd_log_dir"]).split()
+    known = re.compile(r"(buffer|buffer-other)\.[bq][0-9a-f]{32}\.log(\.meta)?|[a-z]+\.\d{8}\.log")
+    return {*outside, *(name for name in names if not known.fullmatch(name))}
