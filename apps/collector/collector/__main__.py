@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,23 +17,26 @@ from collector.config import (
     ExecSource,
     ForwardSource,
     HttpSource,
+    Source,
     load,
 )
 from collector.events import Router
 from collector.forward import Forward
 from collector.http_input import HttpInput
 from collector.limits import Limits
+from collector.store import Store
 
 # Seconds between two looks at what is due.
 _TICK = 0.25
 # Seconds that clients get after SIGTERM for what is on its way already.
 _DRAIN = 0.3
+# Bytes of unfinished messages of all clients.
+_MOST_PARTIAL = 16 << 20
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("fluentd", description="message-broker-stack's collector")
     parser.add_argument("-c", "--config", type=Path, default=Path("/fluentd/etc/fluent.conf"))
-    parser.add_argument("-p", "--plugin", help="ignored: there are no plugins", action="append")
     parser.add_argument("--dry-run", action="store_true", help="check the configuration and end")
     return parser.parse_args()
 
@@ -45,14 +49,14 @@ async def serve(config: Config) -> None:
     # A container's first process has no default action for signals.
     for number in signal.SIGTERM, signal.SIGINT:
         loop.add_signal_handler(number, stop.set)
-    routers = {label: Router(matches) for label, matches in config.matches.items()}
-    stores = [store for router in routers.values() for store in router.stores]
+    routers: dict[str, Router] = {}
+    stores: list[Store] = []
     longest = max(
         (one.chunk_size_limit for one in config.sources if isinstance(one, ForwardSource)),
         default=1,
     )
     bodies = (one.body_size_limit for one in config.sources if isinstance(one, HttpSource))
-    limits = Limits(most_partial=2 * max([longest, *bodies]))
+    limits = Limits(most_partial=max(_MOST_PARTIAL, 2 * longest, *bodies))
 
     def flush() -> None:
         log.info("SIGUSR1: flushing now")
@@ -60,20 +64,21 @@ async def serve(config: Config) -> None:
             store.flush_all()
 
     loop.add_signal_handler(signal.SIGUSR1, flush)
-    servers = []
-    tasks = []
-    for source in config.sources:
-        router = routers[source.label]
-        if isinstance(source, ForwardSource):
-            servers.append(await _listen_forward(source, router, limits))
-        elif isinstance(source, HttpSource):
-            http = HttpInput(router, limits, source.body_size_limit)
-            servers.append(
-                await asyncio.start_server(http.serve, source.bind, source.port, backlog=1024)
-            )
-            log.info(f"listening for HTTP on {source.bind}:{source.port}")
-        elif isinstance(source, ExecSource):
-            tasks.append(asyncio.create_task(repeat(source, router)))
+    # The ports first: who holds them works in the folder, too, and its chunks are its own.
+    servers = [
+        await _bind(source, routers, limits)
+        for source in config.sources
+        if not isinstance(source, ExecSource)
+    ]
+    routers |= {label: Router(matches) for label, matches in config.matches.items()}
+    stores += [store for router in routers.values() for store in router.stores]
+    for server in servers:
+        await server.start_serving()
+    tasks = [
+        asyncio.create_task(repeat(source, routers[source.label]))
+        for source in config.sources
+        if isinstance(source, ExecSource)
+    ]
     log.info(f"at most {limits.most_clients} connections (from the limit of open files)")
     log.info("collector worker is now running")
 
@@ -99,14 +104,29 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
-async def _listen_forward(source: ForwardSource, router: Router, limits: Limits) -> asyncio.Server:
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Forward(router, limits, source.chunk_size_limit),
-        source.bind,
-        source.port,
-        backlog=1024,
-    )
-    log.info(f"listening for the forward protocol on {source.bind}:{source.port}")
+async def _bind(source: Source, routers: dict[str, Router], limits: Limits) -> asyncio.Server:
+    """Bind source's port; routers is filled before its server starts."""
+    label = source.label
+    if isinstance(source, HttpSource):
+        kind, longest = "HTTP", source.body_size_limit
+        server = await asyncio.start_server(
+            lambda reader, writer: HttpInput(routers[label], limits, longest).serve(reader, writer),
+            source.bind,
+            source.port,
+            backlog=1024,
+            start_serving=False,
+        )
+    else:
+        assert isinstance(source, ForwardSource)  # noqa: S101 - for the type checker
+        kind, longest = "the forward protocol", source.chunk_size_limit
+        server = await asyncio.get_running_loop().create_server(
+            lambda: Forward(routers[label], limits, longest),
+            source.bind,
+            source.port,
+            backlog=1024,
+            start_serving=False,
+        )
+    log.info(f"listening for {kind} on {source.bind}:{source.port}")
     return server
 
 
@@ -119,6 +139,9 @@ def _unexpected(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 def main() -> int:
     """Return the exit status: 1 when the configuration or a port cannot be used."""
     arguments = _arguments()
+    # Who reads slowly gets less of the log; a terminal keeps its mode.
+    if not sys.stdout.isatty():
+        os.set_blocking(sys.stdout.fileno(), False)
     log.info("this is message-broker-stack's collector, not Fluentd")
     try:
         config = load(arguments.config)

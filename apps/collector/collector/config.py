@@ -76,7 +76,6 @@ class Buffer:
     by_tag: bool
     path: str
     flush_interval: float
-    flush_at_shutdown: bool
     chunk_limit_size: int
     total_limit_size: int
     retry_max_interval: float
@@ -184,13 +183,6 @@ def _seconds(value: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _flag(value: str) -> bool:
-    # A parameter without a value is true in Fluentd.
-    if value not in {"true", "yes", "", "false", "no"}:
-        raise ValueError("must be true or false")
-    return value in {"true", "yes", ""}
-
-
 def _only(value: str) -> Read:
     def read(given: str) -> str:
         if given != value:
@@ -276,7 +268,7 @@ _BUFFER: Schema = {
     "timekey_use_utc": (_only("true"), None),
     "flush_mode": (_only("interval"), None),
     "flush_interval": (_seconds, "60s"),
-    "flush_at_shutdown": (_flag, "false"),
+    "flush_at_shutdown": (_only("true"), None),
     "chunk_limit_size": (_size, "256m"),
     "total_limit_size": (_size, "64g"),
     "retry_forever": (_only("true"), None),

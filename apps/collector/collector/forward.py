@@ -11,12 +11,15 @@ from typing import Any
 import msgpack
 
 from collector import log
+from collector.config import DAY
 from collector.events import Batch, Event, EventTime, Malformed, Router, now, unpack_options
 from collector.limits import Limits
 from collector.store import Refused
 
 # Values in one message; each takes up to 72 bytes of memory however few it took on the wire.
 MOST_VALUES = 1_000_000
+# Seconds from now; an event that claims to be farther away gets the present time.
+FARTHEST = 30 * DAY
 # Characters of a chunk's name, which the sender gets back.
 _LONGEST_CHUNK = 256
 # Bytes of a message up to which its values need no counting.
@@ -264,7 +267,11 @@ def _event(moment: Any, record: Any) -> Event:
         seconds, nanoseconds = moment, 0
     else:
         raise Malformed(f"a time that is neither seconds nor EventTime but {type(moment).__name__}")
-    return (seconds, nanoseconds, record) if seconds else (*now(), record)
+    present = now()
+    # As Fluentd does with 0. Each day has a file: a sender must not choose from all of time.
+    if abs(seconds - present[0]) > FARTHEST:
+        seconds, nanoseconds = present
+    return seconds, nanoseconds, record
 
 
 def _what(frame: memoryview) -> str:

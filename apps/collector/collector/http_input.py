@@ -16,6 +16,8 @@ from collector.store import Refused
 # Seconds a client may take for a whole request, and between two of them.
 _PATIENCE = 30.0
 _PIECE = 65536
+# Values in one body; each takes a hundred bytes of memory however few it took in the body.
+_MOST_VALUES = 100_000
 
 
 class Rejected(Exception):  # noqa: N818 - an answer, not a fault
@@ -34,6 +36,8 @@ def _no_constant(name: str) -> NoReturn:
 
 def records(body: bytes) -> list[dict[str, Any]]:
     """Return the records in body, a JSON object or an array of objects; Rejected otherwise."""
+    if sum(map(body.count, (b"{", b"[", b","))) > _MOST_VALUES:
+        raise Rejected(413, f"the body has more than {_MOST_VALUES} values")
     try:
         value = json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -62,7 +66,8 @@ class HttpInput:
                 while await connection.exchange(self._store):
                     pass
         except (OSError, h11.LocalProtocolError):
-            pass  # the client has gone
+            # It has gone, or does not read its answers: what waits for it would wait for ever.
+            connection.refused = True
         finally:
             self._limits.leave(connection)
             writer.transport.abort() if connection.refused else writer.close()
@@ -129,8 +134,6 @@ class Connection:
                 self.refuse(f"its request did not end within {_PATIENCE:g} s")
             return False
         except Rejected as error:
-            if self.refused:
-                return False  # that was said already
             log.warn(f"answered {error.status} to {self.peer} (HTTP): {error}")
             await self._answer(error.status, str(error), error.headers)
         else:
@@ -148,6 +151,9 @@ class Connection:
                 go_on = h11.InformationalResponse(status_code=100, headers=[])
                 self._writer.write(self._http.send(go_on) or b"")
             self._http.receive_data(await self._reader.read(_PIECE))
+            if self.refused:
+                # What had come before that must count no more.
+                raise ConnectionAbortedError
         return event
 
     async def _body(self, request: h11.Request) -> bytes:

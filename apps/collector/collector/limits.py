@@ -9,8 +9,8 @@ from collector import log
 
 # File descriptors for everything but clients: chunks, listeners, commands, Python's own.
 _RESERVED = 150
-# More clients than any host's containers; each one takes some kilobytes.
-_MOST_CLIENTS = 10_000
+# More clients than any host's containers; each one takes up to 50 KiB.
+_MOST_CLIENTS = 2_000
 # Seconds an unfinished message may take to arrive.
 PATIENCE = 60.0
 

@@ -152,7 +152,8 @@ class Store:
                 chunk_path = path.with_name(name.removesuffix(".meta"))
                 if not chunk_path.exists():
                     path.unlink(missing_ok=True)
-        found.sort(key=lambda chunk: chunk.modified)
+        # An id begins with the time of its making.
+        found.sort(key=lambda chunk: chunk.id)
         self._queue.extend(found)
         self._total = sum(chunk.size for chunk in found)
         if found:
@@ -210,7 +211,10 @@ class Store:
         limits = self._match.buffer
         chunk = self._staged.get(key)
         try:
-            if chunk and chunk.size + len(data) > limits.chunk_limit_size:
+            # A full one, or one that somebody removed: a kill would take its bytes along.
+            if chunk and (
+                chunk.size + len(data) > limits.chunk_limit_size or not _is_linked(chunk.file)
+            ):
                 self._enqueue(chunk)
                 self.flush()
                 chunk = None
@@ -289,7 +293,7 @@ class Store:
             try:
                 self._append(chunk, target)
             except OSError as error:
-                if not chunk.path.exists() and chunk.path.parent.exists():
+                if _names(error, chunk.path) and self._folder.is_dir():
                     log.error(f"{chunk.path} was removed, its {chunk.size} bytes are lost")
                     self._total -= chunk.size
                     continue
@@ -313,18 +317,19 @@ class Store:
 
     def _enqueue(self, chunk: Chunk) -> None:
         """Close a staged chunk and queue it; OSError leaves it staged."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         try:
             chunk.write_meta()
         except OSError as error:
             # The old .meta only has an older number of lines.
             self._seldom.warn(f"cannot write {chunk.meta}: {error}")
-        if not os.fstat(chunk.file).st_nlink:
+        if not _is_linked(chunk.file):
             # Somebody removed the file; what was acknowledged is still in the open one.
             chunk.path.write_bytes(os.pread(chunk.file, chunk.size, 0))
         self._rename(chunk)
-        os.close(chunk.file)
         del self._staged[chunk.key]
         self._queue.append(chunk)
+        os.close(chunk.file)
 
     def _rename(self, chunk: Chunk) -> None:
         queued, meta = self._path("q", chunk.id), chunk.meta
@@ -364,15 +369,26 @@ class Store:
             chunk.meta.unlink()
 
     def close(self) -> None:
-        """Flush if the configuration says so; else the chunks stay for the next start."""
-        if self._match.buffer.flush_at_shutdown:
-            self.flush_all()
+        """Flush, and say what cannot be flushed."""
+        self.flush_all()
         for chunk in self._staged.values():
+            fate = "stay for the next start" if _is_linked(chunk.file) else "are lost"
+            log.error(f"cannot flush {chunk.path}: its {chunk.size} bytes {fate}")
             os.close(chunk.file)
         self._staged.clear()
         left = len(self._queue)
         if left:
             log.warn(f"{left} chunks for {self._match.path} stay for the next start")
+
+
+def _is_linked(file: int) -> bool:
+    """Return whether the open file still has a name."""
+    return os.fstat(file).st_nlink > 0
+
+
+def _names(error: OSError, path: Path) -> bool:
+    """Return whether error says that path is not there."""
+    return isinstance(error, FileNotFoundError) and str(error.filename) == str(path)
 
 
 def _whole_lines(path: Path) -> int:

@@ -50,6 +50,7 @@ class Collector:
     wait_for = staticmethod(_wait_for)
 
     def __init__(self, folder: Path, text: str) -> None:
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT / "apps/collector")}
         self.folder = folder / "log"
         self.folder.mkdir()
         self.port, self.http_port = free_port(), free_port()
@@ -67,11 +68,14 @@ class Collector:
         assert old in text
         self.config.write_text(text.replace(old, new))
 
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "collector", "-c", str(self.config), *arguments]
+
     def run(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "collector", "-c", str(self.config), *arguments],
-                env={**os.environ, "PYTHONPATH": str(ROOT / "apps/collector")},
+                self.command(*arguments),
+                env=self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

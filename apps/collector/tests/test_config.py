@@ -29,8 +29,8 @@ def read(tmp_path: Path, text: str) -> Config:
 def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> None:
     config = read(tmp_path, fluent_conf)
     forward, http, command = config.sources
-    assert forward == ForwardSource("", "0.0.0.0", 24224, 8 << 20)
-    assert http == HttpSource("", "0.0.0.0", 9880, 8 << 20)
+    assert forward == ForwardSource("", "0.0.0.0", 24224, 1 << 20)
+    assert http == HttpSource("", "0.0.0.0", 9880, 1 << 20)
     assert command == ExecSource("@FLUENT_LOG", "fluent.prune", "sh /fluentd/etc/prune.sh", 60.0)
     known, other = config.matches[""]
     assert isinstance(known, FileMatch)
@@ -38,7 +38,7 @@ def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> N
     assert known.buffer.by_tag
     assert not other.buffer.by_tag
     assert known.buffer.total_limit_size == 64 << 20
-    assert (known.buffer.flush_interval, known.buffer.flush_at_shutdown) == (5.0, True)
+    assert known.buffer.flush_interval == 5.0
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> N
         ("port 24224", "port many", "line 6: <source>: port must be a whole number"),
         ("port 24224", "prot 24224", "line 6: <source>: unknown parameter prot"),
         ("@type forward", "@type tail", "line 4: <source>: @type must be one of forward"),
-        ("chunk_size_limit 8m", "chunk_size_limit 8q", "chunk_size_limit must be a size"),
+        ("chunk_size_limit 1m", "chunk_size_limit 1q", "chunk_size_limit must be a size"),
         ("run_interval 60s", "", "<source>: run_interval must be given"),
         ("@label @FLUENT_LOG\n", "@label @OTHER\n", "@label @OTHER has no <label @OTHER>"),
         ("<parse>", "<prase>", "</parse> ends no section"),

@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import pytest
 from collector import forward as forward_module
-from collector.config import Buffer, FileMatch, Pattern
+from collector.config import DAY, Buffer, FileMatch, Pattern
 from collector.events import Router
 from collector.forward import Forward
 from collector.limits import Limits
@@ -59,9 +59,9 @@ class Peer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        buffer = Buffer(True, f"{folder}/buffer.*.log", 60, True, 1 << 24, 1 << 26, 1)
+        buffer = Buffer(True, f"{folder}/buffer.*.log", 60, 1 << 24, 1 << 26, 1)
         named = FileMatch(Pattern("rabbitmq"), f"{folder}/${{tag}}.%Y%m%d", FORMAT, buffer)
-        buffer = Buffer(False, f"{folder}/other.*.log", 60, True, 1 << 24, 1 << 26, 1)
+        buffer = Buffer(False, f"{folder}/other.*.log", 60, 1 << 24, 1 << 26, 1)
         other = FileMatch(Pattern("**"), f"{folder}/other.%Y%m%d", FORMAT, buffer)
         self.router = Router([named, other])
         self.limits = Limits(2 * LONGEST)
@@ -91,6 +91,11 @@ class Peer:
         """Return the lines of all staged chunks."""
         chunks = sorted(self.folder.glob("*.b*.log"))
         return [line for chunk in chunks for line in chunk.read_bytes().split(b"\n")[:-1]]
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward_module, "now", lambda: (NOON, 0))
 
 
 @pytest.fixture
@@ -138,9 +143,15 @@ def test_the_acknowledgement_follows_the_lines(peer: Peer, monkeypatch: pytest.M
     assert seen == [2]
 
 
-def test_time_zero_is_now(peer: Peer) -> None:
-    peer.send(pack("rabbitmq", 0, {}))
-    assert peer.lines()[0][:4] >= b"2025"
+@pytest.mark.parametrize("time", [0, 1, NOON - 31 * DAY, NOON + 31 * DAY, 2**32 - 1])
+def test_a_time_far_from_now_is_now(peer: Peer, time: int) -> None:
+    peer.send(pack("rabbitmq", time, {}))
+    assert peer.lines()[0].startswith(b"2026-11-24T12:00:00.000+00:00\t")
+
+
+def test_a_time_of_last_week_is_kept(peer: Peer) -> None:
+    peer.send(pack("rabbitmq", NOON - 7 * DAY, {}))
+    assert peer.lines()[0].startswith(b"2026-11-17T12:00:00.000+00:00\t")
 
 
 @pytest.mark.parametrize("message", [b"\xc0", b"\x91\xa1x"])
