@@ -229,7 +229,8 @@ def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
     text = rendered.text("fluentd/templates/fluentd/fluent.conf")
     paths = re.findall(r"^<match (.+)>\n  @type file\n  path (\S+)$", text, re.MULTILINE)
     assert len(paths) == 2
-    assert [match for match, path in paths if "${tag}" in path and "*" in match] == []
+    (match,) = [match for match, path in paths if "${tag}" in path]
+    assert re.fullmatch(r"/\\A\((\w+\|)*\w+\)\\z/", match)
 
 
 def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(

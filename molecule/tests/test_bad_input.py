@@ -11,7 +11,10 @@ from conftest import Stack, eventually
 @pytest.fixture(scope="module")
 def foreign(stack: Stack):
     """What is somebody else's: a container, a volume, a network and folders."""
-    stack.run("ln -s %s /tmp/link && mkdir -p /tmp/full/x", stack.vars["fluentd_log_dir"])
+    stack.run(
+        "ln -s %s /tmp/link && install --directory --owner 999 /tmp/full /tmp/full/x",
+        stack.vars["fluentd_log_dir"],
+    )
     stack.run("install --directory --owner 999 /tmp/used")
     image = stack.inspect("rabbitmq")["Config"]["Image"]
     create = ("create", "--name", "other-fluentd", "--volume", "/tmp/used:/logs")
@@ -97,10 +100,15 @@ CASES = [
     ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
     (
         {"fluentd_log_limit": "much", "fluentd_log_dir": "/tmp/../etc"},
-        ["fluentd_log_limit is much;", "500M", "fluentd_log_dir is /tmp/../etc;", "whole path"],
+        [
+            "fluentd_log_limit is much;",
+            "from 100M",
+            "fluentd_log_dir is /tmp/../etc;",
+            "whole path",
+        ],
     ),
     ({"fluentd_log_dir": "/tmp/link"}, ["fluentd_log_dir", "/tmp/link", "a link"]),
-    ({"fluentd_log_dir": "/tmp/full"}, ["fluentd_log_dir", "/tmp/full", "folder of root"]),
+    ({"fluentd_log_dir": "/tmp/full"}, ["fluentd_log_dir", "/tmp/full", "something in it"]),
     ({"fluentd_log_dir": "/tmp/used"}, ["fluentd_log_dir", "/tmp/used", "/other-fluentd"]),
     (
         {"image_registry": "http://registry:5000"},

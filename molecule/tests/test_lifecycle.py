@@ -109,15 +109,18 @@ def restarted(stack: Stack, before: dict[str, str]) -> bool:
 
 
 @pytest.mark.usefixtures("three_messages")
-def test_the_next_run_takes_over_a_changed_password_and_makes_a_lost_container(
+def test_the_next_run_takes_over_a_changed_password_and_repairs_what_was_removed(
     stack: Stack,
 ) -> None:
     old = stack.password("publisher")
     (stack.secrets / "rabbitmq_publisher").write_text("changed-by-hand\n")
     stack.docker("rm", "--force", stack.container("rabbitmq"))
+    logs = stack.vars["fluentd_log_dir"]
+    stack.run("rm --recursive %s", logs)
     # It ends once both doors are connected.
     output = stack.site()
     assert "changed-by-hand" not in output
+    eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
     publish = "publish", stack.vars["stack_exchange"], "nowhere"
     assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
 
