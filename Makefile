@@ -7,6 +7,7 @@ export LC_ALL := C.UTF-8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Ansible starts a Python for every task: what that imports is compiled once, not each time.
 unexport PYTHONDONTWRITEBYTECODE
+MAKEFLAGS += --no-print-directory
 PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
