@@ -318,5 +318,12 @@ def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(
     assert machine.attempt(f"ls -d {folders}").stdout == ""
 
 
+def test_make_clean_leaves_a_folder_that_the_stack_never_had(machine: Machine) -> None:
+    # 999 is the user of many images' data.
+    machine.run("install --directory --owner 999 /srv/foreign/data")
+    machine.run('make clean ARGS="--extra-vars fluentd_log_dir=/srv/foreign/data"', 120)
+    machine.run("ls -d /srv/foreign/data")
+
+
 def test_make_status_says_what_to_do_where_nothing_runs(machine: Machine) -> None:
     assert "make up" in machine.run("make status", 60).rpartition("TASK [")[2]
