@@ -233,6 +233,28 @@ def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
     assert re.fullmatch(r"/\\A\((\w+\|)*\w+\)\\z/", match)
 
 
+def test_pruning_keeps_the_newest_file_and_forgets_broken_chunks_too(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    script = rendered.text("fluentd/templates/fluentd/prune.sh").replace("/fluentd/log", "$LOGS")
+    old = 1_767_225_600  # 2026-01-01
+    ages = {"alerts.20260101.log": old, "broken.b1.log": old, "broken.b1.log.meta": old}
+    ages |= {"buffer.b2.log": old, "notes": old, "rabbitmq.20260102.log": None, "x.1.log": None}
+    for name, age in ages.items():
+        path = tmp_path / name
+        path.touch()
+        if age:
+            os.utime(path, (age, age))
+    os.truncate(tmp_path / "rabbitmq.20260102.log", 2 << 30)
+    os.utime(tmp_path / "rabbitmq.20260102.log", (2**32, 2**32))
+    (tmp_path / "x.1.log").write_text("after")
+    subprocess.run(["sh", "-c", script], env={**os.environ, "LOGS": str(tmp_path)}, check=True)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[:2] == ["buffer.b2.log", "notes"]
+    assert re.fullmatch(r"rabbitmq\.20260102\.\d{6}\.log", left[2])
+    assert left[3:] == []
+
+
 def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(
     settings: dict[str, str],
 ) -> None:
