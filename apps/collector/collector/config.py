@@ -197,12 +197,6 @@ def _day(value: str) -> None:
         raise ValueError("can only be 1d")
 
 
-def _label(value: str) -> str:
-    if not re.fullmatch(r"@\w+", value):
-        raise ValueError("must be @ and a name")
-    return value
-
-
 def _time_format(value: str) -> str:
     rest = re.sub(_TIME_PARTS, "", value)
     if "%" in rest or len(SUBSECONDS.findall(value)) > 1:
@@ -397,14 +391,9 @@ class _Check:
         return Config([source for _, source in sources], matches)
 
     def _source(self, section: Section) -> Source:
-        label, line = section.parameters.pop("@label", (_ROOT, section.line))
+        label, _ = section.parameters.pop("@label", (_ROOT, section.line))
         if section.argument:
             self._fail(section, "takes no argument")
-        if label != _ROOT:
-            try:
-                _label(label)
-            except ValueError as error:
-                self._fail(section, f"@label {error}, not {label!r}", line)
         kind, values = self._type(section, {"forward": _FORWARD, "http": _HTTP, "exec": _EXEC})
         if kind == "exec":
             children = self._children(section, "parse")

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -378,8 +379,7 @@ def test_a_target_in_the_way_is_one_line_and_recovers_by_itself(collector: Colle
 def test_a_folder_that_was_removed_is_made_again(collector: Collector) -> None:
     collector.send("rabbitmq", 0, {"n": 1}, ACK)
     collector.wait_for(lambda: numbers(collector, "rabbitmq") == [1])
-    collector.file("rabbitmq").unlink()
-    collector.folder.rmdir()
+    shutil.rmtree(collector.folder)
     assert collector.send("rabbitmq", 0, {"n": 2}, ACK) == {"ack": "c"}
     collector.wait_for(lambda: numbers(collector, "rabbitmq") == [2])
 
@@ -387,9 +387,7 @@ def test_a_folder_that_was_removed_is_made_again(collector: Collector) -> None:
 def test_a_removed_chunk_carries_no_acknowledgement(stopped: Collector) -> None:
     collector = never_by_itself(stopped)
     assert collector.send("rabbitmq", 0, {"n": 1}, ACK) == {"ack": "c"}
-    for path in collector.folder.iterdir():
-        path.unlink()
-    collector.folder.rmdir()
+    shutil.rmtree(collector.folder)
     assert collector.send("rabbitmq", 0, {"n": 2}, ACK) == {"ack": "c"}
     collector.kill()
     collector.start()
@@ -399,9 +397,7 @@ def test_a_removed_chunk_carries_no_acknowledgement(stopped: Collector) -> None:
 def test_what_a_removed_folder_takes_along_is_written_again_at_the_end(stopped: Collector) -> None:
     collector = never_by_itself(stopped)
     assert collector.send("rabbitmq", 0, {"n": 1}, ACK) == {"ack": "c"}
-    for path in collector.folder.iterdir():
-        path.unlink()
-    collector.folder.rmdir()
+    shutil.rmtree(collector.folder)
     assert collector.end() == 0
     assert numbers(collector, "rabbitmq") == [1]
 
