@@ -44,7 +44,7 @@ lint: .venv/.test
 	ansible-lint --offline
 	ruff check
 	ruff format --check
-	mypy apps/collector/collector apps/door/door apps/publisher/publisher apps/subscriber/subscriber bench
+	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 
 unit: .venv/.test
@@ -74,6 +74,7 @@ COMPILE = uv pip compile --quiet $(UPGRADE) --universal --generate-hashes --pyth
 	--no-emit-find-links --no-annotate --custom-compile-command "make requirements"
 requirements: .venv/.test
 	$(COMPILE) apps/collector/pyproject.toml --output-file apps/collector/requirements.txt
+	$(COMPILE) apps/exporter/pyproject.toml --output-file apps/exporter/requirements.txt
 	$(COMPILE) apps/publisher/pyproject.toml --output-file apps/publisher/requirements.txt
 	$(COMPILE) apps/subscriber/pyproject.toml --output-file apps/subscriber/requirements.txt
 	$(COMPILE) pyproject.toml --output-file requirements.txt

@@ -8,7 +8,7 @@ granian's own, and would count in the metrics as a worker that never connects.
 import os
 import sys
 
-from door.settings import ConfigError, Environment
+from door.environment import ConfigError, Environment
 
 from publisher.settings import Settings
 

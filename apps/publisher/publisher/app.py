@@ -7,7 +7,7 @@ from typing import Protocol
 from urllib.parse import parse_qsl
 
 from door import events
-from door.settings import Environment
+from door.environment import Environment
 from door.web import current_event, equip, json_response
 from flask import Flask, Request, Response, abort, request
 

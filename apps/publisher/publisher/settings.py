@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-from door.settings import BrokerSettings, Environment, EventSettings
+from door.environment import Environment
+from door.settings import BrokerSettings, EventSettings
 
 
 @dataclass(frozen=True)

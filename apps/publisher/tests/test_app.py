@@ -18,7 +18,7 @@ from urllib.parse import quote_plus, urlencode
 import msgpack  # type: ignore[import-untyped]
 import pytest
 from door import BrokerUnavailable
-from door.settings import ConfigError, Environment
+from door.environment import ConfigError, Environment
 from flask.testing import FlaskClient
 from publisher.app import create_app
 from publisher.settings import Settings

@@ -9,7 +9,7 @@ from socket import IPPROTO_TCP, SO_SNDBUF, SOL_SOCKET, TCP_NODELAY
 from typing import Any
 
 import gevent
-from door.settings import ConfigError, Environment
+from door.environment import ConfigError, Environment
 from gevent.event import Event
 from gevent.pywsgi import WSGIHandler, WSGIServer
 

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import gevent
 from door import BrokerUnavailable
-from door.settings import BrokerSettings, Environment, EventSettings
+from door.environment import Environment
+from door.settings import BrokerSettings, EventSettings
 from door.web import BROKER_UP
 from gevent.event import AsyncResult
 from pika.adapters.gevent_connection import GeventConnection

@@ -1,0 +1,161 @@
+"""One scrape of the broker for each GET of /metrics."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from aiohttp import web
+from prometheus_client import Metric, generate_latest
+from prometheus_client.registry import Collector
+
+from exporter import __version__
+from exporter.broker import Broker, BrokerFailure
+from exporter.families import Families, Origin, Record, ShapeError, family, parse
+from exporter.settings import Settings
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+WELCOME = """<!doctype html>
+<html lang="en">
+<title>RabbitMQ exporter</title>
+<h1>RabbitMQ exporter</h1>
+<p><a href="/metrics">Metrics</a></p>
+</html>
+"""
+
+log = logging.getLogger("exporter")
+
+
+@dataclass
+class Answer:
+    """What came of asking for one module."""
+
+    records: list[Record] = field(default_factory=list)
+    # Why nothing came; empty when all is well.
+    failure: str = ""
+    seconds: float = 0
+
+
+class Scrape(Collector):
+    """The metrics of one scrape, for generate_latest."""
+
+    def __init__(
+        self, settings: Settings, origin: Origin | None, answers: dict[str, Answer]
+    ) -> None:
+        """Tell of answers under the labels of origin; None: no broker was ever seen."""
+        self._settings = settings
+        self._origin = origin
+        self._answers = answers
+
+    @property
+    def up(self) -> bool:
+        """Whether every module was answered."""
+        return not any(answer.failure for answer in self._answers.values())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families, without those of modules that failed."""
+        cluster, node = (self._origin.cluster, self._origin.node) if self._origin else ("", "")
+        labels = {"cluster": cluster, "node": node}
+        modules = [(labels | {"module": name}, answer) for name, answer in self._answers.items()]
+        yield from family("up", "1 if the scrape had every module.", [(labels, self.up)])
+        ups = [(labels, not answer.failure) for labels, answer in modules]
+        yield from family("module_up", "1 if the scrape had this module.", ups)
+        build = {"version": __version__, "revision": "", "branch": "", "builddate": ""}
+        yield from family("exporter_build_info", "1; the labels tell the version.", [(build, 1)])
+        if self._origin:
+            durations = [(labels, answer.seconds) for labels, answer in modules]
+            text = "Seconds from the question to its answer."
+            yield from family("module_scrape_duration_seconds", text, durations)
+            families = Families(self._settings, self._origin)
+            for module, answer in self._answers.items():
+                if not answer.failure:
+                    yield from families.of(module, answer.records)
+
+
+class Exporter:
+    """Asks the broker, and remembers of it what the next failure needs."""
+
+    def __init__(self, settings: Settings, broker: Broker) -> None:
+        """Ask nothing yet."""
+        self._settings = settings
+        self._broker = broker
+        self._origin: Origin | None = None
+        self._failures: dict[str, str] = {}
+        # As the last scrape found the broker, and well before the first.
+        self.up = True
+
+    async def scrape(self) -> bytes:
+        """Return the metrics in Prometheus' text format, from answers that came just now."""
+        deadline = asyncio.get_running_loop().time() + self._settings.timeout
+        overview = asyncio.create_task(self._ask("overview", deadline))
+        others = [self._module(name, deadline, overview) for name in self._settings.modules]
+        answers = await asyncio.gather(overview, *others)
+        named = dict(zip(("overview", *self._settings.modules), answers, strict=True))
+        for name, answer in named.items():
+            self._tell(name, answer.failure)
+        scrape = Scrape(self._settings, self._seen(named["overview"]), named)
+        self.up = scrape.up
+        # A thousand queues take most of a second, in which others want their answers, too.
+        return await asyncio.to_thread(generate_latest, scrape)
+
+    def _seen(self, overview: Answer) -> Origin | None:
+        """Return where overview came from, or the last one that came."""
+        if overview.records:
+            self._origin = Origin.of(overview.records[0])
+        return self._origin
+
+    async def _module(self, name: str, deadline: float, overview: asyncio.Task[Answer]) -> Answer:
+        """Ask for name, but for no queues if the broker has too many of them."""
+        limit = self._settings.max_queues
+        if name == "queue" and limit:
+            origin = self._seen(await overview)
+            if origin and origin.queues > limit:
+                return Answer()
+        return await self._ask(name, deadline)
+
+    async def _ask(self, module: str, deadline: float) -> Answer:
+        started = time.perf_counter()
+        answer = Answer()
+        try:
+            body = await self._broker.get(module, deadline)
+            answer.records = await asyncio.to_thread(parse, module, body)
+        except (BrokerFailure, ShapeError) as error:
+            answer.failure = str(error)
+        answer.seconds = time.perf_counter() - started
+        return answer
+
+    def _tell(self, module: str, failure: str) -> None:
+        """Log what changed: one line for each new failure of module, and one for its end."""
+        if failure == self._failures.get(module, ""):
+            return
+        self._failures[module] = failure
+        if failure:
+            log.warning("%s: %s", module, failure)
+        else:
+            log.info("%s: answered again", module)
+
+
+async def create_app(settings: Settings) -> web.Application:
+    """Return the exporter's HTTP server; ConfigError when a file for TLS cannot be used."""
+    broker = Broker(settings)
+    exporter = Exporter(settings, broker)
+
+    async def welcome(_: web.Request) -> web.Response:
+        return web.Response(text=WELCOME, content_type="text/html")
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=await exporter.scrape(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(status=200 if exporter.up else 504)
+
+    async def close(_: web.Application) -> None:
+        await broker.close()
+
+    app = web.Application()
+    app.add_routes(
+        [web.get("/", welcome), web.get("/metrics", metrics), web.get("/health", health)]
+    )
+    app.on_cleanup.append(close)
+    return app
