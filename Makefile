@@ -12,7 +12,7 @@ PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
 # Which log files `make logs` follows, of which stack.
-S ?= rabbitmq publisher subscriber other
+S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
 STACK ?= broker
 
 .PHONY: up status logs down clean images test lint unit molecule test-host test-bare bench requirements
@@ -37,7 +37,7 @@ test: .venv/.test
 	wait $$bare || status=$$?; cat $$log; exit $$status
 
 test-host: .venv/.run
-	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/bare/host.yml
+	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
 
 lint: .venv/.test
 	yamllint --strict .
@@ -47,13 +47,13 @@ lint: .venv/.test
 	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 
-unit: .venv/.test
+unit: .venv/.test test-host
 	$(PYTEST) apps tests --ignore tests/bare
 
 molecule: .venv/.test
 	molecule test --all --no-command-borders
 
-test-bare: .venv/.test
+test-bare: .venv/.test test-host
 	$(PYTEST) tests/bare
 
 bench: .venv/.test

@@ -79,7 +79,7 @@ def test_every_image_has_a_version() -> None:
         for role in ROLES
         for path in [*role.glob("defaults/main.yml"), *role.glob("defaults/main/*.yml")]
         for name, value in yaml.safe_load(path.read_text()).items()
-        if name.endswith("_image")
+        if name.endswith("_image") and value
     }
     assert values
     loose = re.compile(r"(?!.*:latest$)[^:]+(:\d+)?[^:]*:[\w.-]+")

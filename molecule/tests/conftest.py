@@ -15,7 +15,15 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
-
+SERVICES = [
+    "fluentd",
+    "rabbitmq",
+    "publisher",
+    "subscriber",
+    "exporter",
+    "prometheus",
+    "alertmanager",
+]
 
 # Does one thing as one user and prints how it ended.
 ATTEMPT = """
@@ -149,6 +157,21 @@ class Stack:
         password = password or self.password(user)
         port = str(self.vars["rabbitmq_amqp_port"])
         return self.python(ATTEMPT, user, password, "127.0.0.1", port, action, *names)
+
+    def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """Ask Prometheus for expression now; the values by their labels, as sorted pairs."""
+        ask = ("--get", "--data-urlencode", f"query={expression}")
+        answer = self.http("monitoring_prometheus_port", "/api/v1/query", *ask)
+        assert answer.status == 200, answer.text
+        return {
+            tuple(sorted(one["metric"].items())): float(one["value"][1])
+            for one in answer.json["data"]["result"]
+        }
+
+    def lines(self, service: str) -> list[str]:
+        """Return all lines of a service's log files, without those that wait in a chunk."""
+        files = f"{self.vars['fluentd_log_dir']}/{service}.*.log"
+        return self.run(f"cat {files} || true").splitlines()
 
     def password(self, user: str) -> str:
         return (self.secrets / f"rabbitmq_{user}").read_text().strip()

@@ -1,11 +1,12 @@
 """Bad input stops the run before anything changed; what ran before goes on running."""
 
 import json
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Stack, eventually
+from conftest import INVENTORY, Stack, eventually
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,19 @@ def port_5999(stack: Stack):
     stack.run("kill %s", pid)
 
 
+@pytest.fixture(scope="module")
+def bad_files():
+    """A rule file and a scrape file that Prometheus cannot read."""
+    rule = {"alert": "TooEarly", "expr": "time() <"}
+    scrape = {"job_name": "bad", "scrape_intervall": "1s"}
+    folder = INVENTORY.parent / "bad"
+    folder.mkdir()
+    (folder / "bad-rules.yml").write_text(json.dumps({"groups": [{"name": "b", "rules": [rule]}]}))
+    (folder / "bad-scrape.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
+    yield
+    shutil.rmtree(folder)
+
+
 @pytest.fixture
 def open_password(stack: Stack):
     """A password file that others can read."""
@@ -69,6 +83,11 @@ def version_4_3(stack: Stack):
     stack.docker("tag", "kept", image)
     stack.docker("rmi", "kept", pretended)
 
+
+RECEIVER = {
+    "name": "team",
+    "webhook_configs": [{"url_file": "/etc/alertmanager/secrets/team_url"}],
+}
 
 CASES = [
     (
@@ -111,6 +130,31 @@ CASES = [
     ({"fluentd_log_dir": "/tmp/full"}, ["fluentd_log_dir", "/tmp/full", "something in it"]),
     ({"fluentd_log_dir": "/tmp/used"}, ["fluentd_log_dir", "/tmp/used", "/other-fluentd"]),
     (
+        {"monitoring_prometheus_rules": ["../bad/bad-rules.yml"]},
+        ["rules/bad-rules.yml", "TooEarly", "parse error"],
+    ),
+    (
+        {"monitoring_prometheus_scrapes": ["../bad/*-scrape.yml"]},
+        ["scrape/bad-scrape.yml", "scrape_intervall"],
+    ),
+    (
+        {"monitoring_prometheus_rules": ["missing/*.yml"]},
+        ["monitoring_prometheus_rules", "missing/*.yml is no file"],
+    ),
+    ({"monitoring_prometheus_backlog_for": "soon"}, ["monitoring_prometheus_backlog_for is soon"]),
+    (
+        {"monitoring_alertmanager_receivers": [RECEIVER]},
+        ["team", "/etc/alertmanager/secrets/team_url", "monitoring_alertmanager_secrets"],
+    ),
+    (
+        {"monitoring_alertmanager_route": {"receiver": "nobody"}},
+        ["configuration of alertmanager", "nobody"],
+    ),
+    (
+        {"monitoring_exporter_env": {"INCLUDE_QUEUES": "takeaway("}},
+        ["monitoring_exporter_env", "INCLUDE_QUEUES", "takeaway("],
+    ),
+    (
         {"image_registry": "http://registry:5000"},
         ["image_registry", "http://registry:5000", "host:port"],
     ),
@@ -118,7 +162,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(stack: Stack, foreign: None, port_5999: None):  # noqa: ARG001
+def runs(stack: Stack, foreign: None, port_5999: None, bad_files: None):  # noqa: ARG001
     """A run for each of CASES, several at a time, after which all is as it was before."""
     before = state(stack)
     with ThreadPoolExecutor(3) as pool:

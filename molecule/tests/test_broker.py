@@ -13,6 +13,9 @@ from conftest import Stack, eventually
         "apps_publisher_port",
         "apps_subscriber_port",
         "fluentd_port",
+        "monitoring_exporter_port",
+        "monitoring_prometheus_port",
+        "monitoring_alertmanager_port",
     ],
 )
 def test_a_published_port_listens_on_loopback_alone(stack: Stack, port: str) -> None:

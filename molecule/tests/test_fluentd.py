@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Stack, eventually
+from conftest import SERVICES, Stack, eventually
 
-SERVICES = ["rabbitmq", "publisher", "subscriber"]
+LOGGING = [service for service in SERVICES if service != "fluentd"]
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00"
 
 # Sends each tag given as JSON, with one record, in a connection of its own.
@@ -28,18 +28,13 @@ print("null")
 """
 
 
-def lines(stack: Stack, service: str) -> list[str]:
-    """Return all lines of a service's files, without those that wait in a staged chunk."""
-    return stack.run(f"cat {stack.vars['fluentd_log_dir']}/{service}.*.log || true").splitlines()
-
-
 def events(stack: Stack, service: str) -> list[dict[str, Any]]:
     """Return the structured events in a service's files."""
-    records = [json.loads(line.split("\t", 2)[2]) for line in lines(stack, service)]
+    records = [json.loads(line.split("\t", 2)[2]) for line in stack.lines(service)]
     return [record for record in records if "event" in record]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", LOGGING)
 def test_a_services_lines_are_in_a_file_of_its_name(stack: Stack, service: str) -> None:
     logs = f"docker logs --tail 1 {stack.container(service)} 2>&1"
     said = json.dumps(stack.run(logs).rstrip("\n"), ensure_ascii=False)
@@ -52,10 +47,10 @@ def test_a_services_lines_are_in_a_file_of_its_name(stack: Stack, service: str) 
 
 
 def test_only_fluentds_own_log_does_not_go_through_fluentd(stack: Stack) -> None:
-    configs = {name: stack.inspect(name)["HostConfig"]["LogConfig"] for name in SERVICES}
+    configs = {name: stack.inspect(name)["HostConfig"]["LogConfig"] for name in LOGGING}
     assert {config["Type"] for config in configs.values()} == {"fluentd"}
     assert {name: config["Config"]["tag"] for name, config in configs.items()} == {
-        name: name for name in SERVICES
+        name: name for name in LOGGING
     }
     own = stack.inspect("fluentd")["HostConfig"]["LogConfig"]
     assert own == {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
@@ -65,7 +60,7 @@ def test_its_http_door_is_on_the_stacks_network_alone(stack: Stack) -> None:
     assert stack.inspect("fluentd")["NetworkSettings"]["Ports"].get("9880/tcp") is None
     post(stack, "alerts", '{"receiver": "files", "alerts": []}')
     eventually(
-        lambda: any('{"receiver":"files","alerts":[]}' in line for line in lines(stack, "alerts")),
+        lambda: any('{"receiver":"files","alerts":[]}' in line for line in stack.lines("alerts")),
         10,
         "the notification is in a file",
     )
@@ -136,7 +131,7 @@ def test_without_fluentd_everything_starts_and_works(stack: Stack) -> None:
     eventually(
         lambda: any(
             "Connected to the broker" in line and line[:23] > connected
-            for line in lines(stack, "publisher")
+            for line in stack.lines("publisher")
         ),
         # The engine waits up to a minute between two attempts.
         90,
@@ -182,7 +177,7 @@ def test_no_line_is_lost_while_fluentd_is_away_or_killed(stack: Stack, writers: 
     def complete() -> bool:
         nonlocal missing
         found = set()
-        for line in lines(stack, "other"):
+        for line in stack.lines("other"):
             _, tag, record = line.split("\t", 2)
             found.add(f"{tag} {json.loads(record).get('log')}")
         missing = expected - found
@@ -209,7 +204,7 @@ def test_a_hostile_tag_names_no_file(stack: Stack) -> None:
     send = [json.dumps(tag) for tag in tags]
     stack.python(SEND, str(stack.vars["fluentd_port"]), *send)
     eventually(
-        lambda: sum('"hostile"' in line for line in lines(stack, "other")) >= len(tags),
+        lambda: sum('"hostile"' in line for line in stack.lines("other")) >= len(tags),
         10,
         "each is in the file of all other tags",
     )

@@ -1,9 +1,7 @@
 """Containers as closed as DESIGN says, by inspection."""
 
 import pytest
-from conftest import Stack
-
-SERVICES = ["fluentd", "rabbitmq", "publisher", "subscriber"]
+from conftest import SERVICES, Stack
 
 
 @pytest.mark.parametrize("service", SERVICES)

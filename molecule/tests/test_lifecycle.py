@@ -3,9 +3,7 @@
 import time
 
 import pytest
-from conftest import Stack, eventually
-
-SERVICES = ["fluentd", "rabbitmq", "publisher", "subscriber"]
+from conftest import SERVICES, Stack, eventually
 
 
 @pytest.fixture

@@ -18,7 +18,15 @@ from readme import matches, walkthrough
 ROOT = Path(__file__).parents[2]
 PROJECT = "/root/project"
 PULLED = ("debian:", "rabbitmq:")
-SERVICES = ("fluentd", "rabbitmq", "publisher", "subscriber")
+SERVICES = (
+    "fluentd",
+    "rabbitmq",
+    "publisher",
+    "subscriber",
+    "exporter",
+    "alertmanager",
+    "prometheus",
+)
 
 # Where HTTPS leads through a private authority or a proxy, the machine is told as its host was.
 NAMES = "PIP_CERT SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE http_proxy https_proxy no_proxy"
@@ -95,13 +103,7 @@ def host(*command: str, stdin: bytes | None = None, timeout: int = 120) -> str:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    folder = tmp_path_factory.mktemp("bare")
-    # The images' names are those of Molecule's tests; never the user's own stack's.
-    stack = "--extra-vars=@molecule/shared/test_stack.yml"
-    image = f"--extra-vars=bare_image_file={folder / 'image'}"
-    host(".venv/bin/ansible-playbook", stack, image, "tests/bare/host.yml", timeout=900)
-
+def machine(images: dict[str, str]) -> Iterator[Machine]:
     name = f"broker-bare-{secrets.token_hex(3)}"
     # fmt: off
     host(
@@ -114,7 +116,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         "--tmpfs", "/run", "--volume", "/var/lib/docker",
         "--volume", "/etc/ssl/certs:/etc/ssl/certs:ro",
         *(f"--env={variable}" for variable in PASSED),
-        (folder / "image").read_text(),
+        images["bare"],
         # The shell reaps what loses its parent, as an init does.
         "bash", "-c", "trap 'exit 0' TERM; while true; do sleep 3600 & wait $!; done",
     )
@@ -259,6 +261,18 @@ def test_make_status_shows_the_table(
     say(f"make status: {seconds['status']:.0f} s")
     for service in SERVICES:
         assert re.search(r" \w+://localhost:\d+ Up ", shown.get(service, "")), shown
+
+
+def test_the_stack_at_rest_needs_less_than_600_mib(
+    machine: Machine, say: Callable[[str], None]
+) -> None:
+    used = machine.run("docker stats --no-stream --format '{{.Name}} {{.MemUsage}}'")
+    found = re.findall(r"^broker-(\S+) ([\d.]+)([KMG])iB /", used, re.MULTILINE)
+    assert {name for name, _, _ in found} == set(SERVICES)
+    sizes = {"K": 1 / 1024, "M": 1, "G": 1024}
+    total = sum(float(number) * sizes[unit] for _, number, unit in found)
+    say(f"memory at rest: {total:.0f} MiB, {used.split()}")
+    assert total < 600
 
 
 def test_make_logs_follows_the_files(machine: Machine) -> None:
