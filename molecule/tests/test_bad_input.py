@@ -46,7 +46,7 @@ def bad_files():
     rule = {"alert": "TooEarly", "expr": "time() <"}
     scrape = {"job_name": "bad", "scrape_intervall": "1s"}
     folder = INVENTORY.parent / "bad"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "bad-rules.yml").write_text(json.dumps({"groups": [{"name": "b", "rules": [rule]}]}))
     (folder / "bad-scrape.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
     yield
@@ -138,13 +138,16 @@ CASES = [
         ["scrape/bad-scrape.yml", "scrape_intervall"],
     ),
     (
-        {"monitoring_prometheus_rules": ["missing/*.yml"]},
-        ["monitoring_prometheus_rules", "missing/*.yml is no file"],
+        {
+            "monitoring_prometheus_rules": ["missing/*.yml"],
+            "monitoring_prometheus_scrapes": ["../ansible.cfg"],
+        },
+        ["monitoring_prometheus_rules", "missing/*.yml is no file", "is ansible.cfg; "],
     ),
     ({"monitoring_prometheus_backlog_for": "soon"}, ["monitoring_prometheus_backlog_for is soon"]),
     (
         {"monitoring_alertmanager_receivers": [RECEIVER]},
-        ["team", "/etc/alertmanager/secrets/team_url", "monitoring_alertmanager_secrets"],
+        ["/etc/alertmanager/secrets/team_url", "monitoring_alertmanager_secrets"],
     ),
     (
         {"monitoring_alertmanager_route": {"receiver": "nobody"}},
@@ -154,6 +157,7 @@ CASES = [
         {"monitoring_exporter_env": {"INCLUDE_QUEUES": "takeaway("}},
         ["monitoring_exporter_env", "INCLUDE_QUEUES", "takeaway("],
     ),
+    ({"monitoring_exporter_env": {"PUBLISH_PORT": 1}}, ["monitoring_exporter_env", "PUBLISH_PORT"]),
     (
         {"image_registry": "http://registry:5000"},
         ["image_registry", "http://registry:5000", "host:port"],
