@@ -15,7 +15,7 @@ PYTEST = pytest --durations=5
 S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images test lint unit molecule test-host test-bare bench requirements
+.PHONY: up status logs down clean images test lint unit unit-python unit-alerts molecule test-host test-bare bench requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -32,7 +32,7 @@ logs:
 
 # What waits for packages goes beside what computes; Molecule and the bare machine both need the engine and Debian's image.
 test: .venv/.test
-	$(MAKE) --jobs=2 --output-sync test-host lint unit
+	$(MAKE) --jobs=2 --output-sync test-host unit-python lint unit
 	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) test-bare > $$log 2>&1 & bare=$$!; $(MAKE) molecule; status=$$?; \
 	wait $$bare || status=$$?; cat $$log; exit $$status
 
@@ -47,8 +47,14 @@ lint: .venv/.test
 	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 
-unit: .venv/.test test-host
-	$(PYTEST) apps tests --ignore tests/bare
+unit: unit-python unit-alerts
+
+unit-python: .venv/.test
+	$(PYTEST) apps tests --ignore tests/bare --ignore tests/test_alerts.py
+
+# By promtool and amtool of the images.
+unit-alerts: .venv/.test test-host
+	$(PYTEST) tests/test_alerts.py
 
 molecule: .venv/.test
 	molecule test --all --no-command-borders

@@ -6,6 +6,8 @@ prints; … is any text.
 """
 
 import re
+import time
+from collections.abc import Callable
 
 HEADING = "## Try it"
 
@@ -31,3 +33,16 @@ def matches(expected: str, actual: str) -> bool:
     plain = "\n".join(line.rstrip() for line in actual.splitlines()).strip()
     pattern = ".*".join(re.escape(part) for part in expected.strip().split("…"))
     return re.fullmatch(pattern, plain, re.DOTALL) is not None
+
+
+def follow(command: str, expected: str, run: Callable[[str], str]) -> None:
+    """Check that command, by run, prints what is expected.
+
+    One that only looks at numbers or files has 15 seconds: the broker counts every 5 seconds, and a
+    line is in its file within 10.
+    """
+    patient = command.startswith(("curl --silent", "ls"))
+    deadline = time.monotonic() + (15 if patient else 0)
+    while not matches(expected, actual := run(command)):
+        assert time.monotonic() < deadline, f"$ {command}\n{actual[-3000:]}\nexpected:\n{expected}"
+        time.sleep(0.5)

@@ -168,6 +168,20 @@ class Stack:
             for one in answer.json["data"]["result"]
         }
 
+    def firing(self) -> set[str]:
+        """Return the names of the alerts that fire in Prometheus.
+
+        By its API: what one before a restart wrote is found by queries for five minutes more.
+        """
+        answer = self.http("monitoring_prometheus_port", "/api/v1/alerts").json
+        alerts = answer["data"]["alerts"]
+        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+
+    def targets(self) -> dict[str, dict[str, str]]:
+        """Return what Prometheus scrapes, by job."""
+        answer = self.http("monitoring_prometheus_port", "/api/v1/targets").json
+        return {target["labels"]["job"]: target for target in answer["data"]["activeTargets"]}
+
     def lines(self, service: str) -> list[str]:
         """Return all lines of a service's log files, without those that wait in a chunk."""
         files = f"{self.vars['fluentd_log_dir']}/{service}.*.log"

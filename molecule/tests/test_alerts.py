@@ -5,7 +5,6 @@ import csv
 import html
 import json
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import INVENTORY, PROJECT, Stack, eventually
+from conftest import PROJECT, Stack, eventually
 from prometheus_client.parser import text_string_to_metric_families
 
 PUBLISH = """
@@ -82,22 +81,6 @@ def text_of(dom: str) -> str:
     return " ".join(html.unescape(plain).split())
 
 
-def firing(stack: Stack) -> set[str]:
-    """Return the names of the alerts that fire in Prometheus.
-
-    By its API: what one before a restart wrote is found by queries for five minutes more.
-    """
-    answer = stack.http("monitoring_prometheus_port", "/api/v1/alerts").json
-    alerts = answer["data"]["alerts"]
-    return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
-
-
-def targets(stack: Stack) -> dict[str, dict[str, str]]:
-    """Return what Prometheus scrapes, by job."""
-    answer = stack.http("monitoring_prometheus_port", "/api/v1/targets").json
-    return {target["labels"]["job"]: target for target in answer["data"]["activeTargets"]}
-
-
 def active(stack: Stack) -> set[str]:
     """Return the names of the alerts that Alertmanager would notify of."""
     answer = stack.http("monitoring_alertmanager_port", "/api/v2/alerts?inhibited=false")
@@ -116,10 +99,10 @@ def notified(stack: Stack) -> list[tuple[str, str]]:
 
 def test_every_target_is_up_and_scraped_every_10_seconds(stack: Stack) -> None:
     def health() -> set[str]:
-        return {target["health"] for target in targets(stack).values()}
+        return {target["health"] for target in stack.targets().values()}
 
     eventually(lambda: health() == {"up"}, 30, "every target is up")
-    assert targets(stack).keys() == {
+    assert stack.targets().keys() == {
         "prometheus",
         "alertmanager",
         "exporter",
@@ -128,7 +111,7 @@ def test_every_target_is_up_and_scraped_every_10_seconds(stack: Stack) -> None:
         "publisher",
         "subscriber",
     }
-    assert {target["scrapeInterval"] for target in targets(stack).values()} == {"10s"}
+    assert {target["scrapeInterval"] for target in stack.targets().values()} == {"10s"}
 
 
 @pytest.fixture
@@ -189,7 +172,7 @@ def test_the_exporter_tells_what_the_list_says(stack: Stack, listed: list[dict[s
 
 
 def test_only_the_watchdog_fires_and_its_notification_is_in_a_file(stack: Stack) -> None:
-    eventually(lambda: firing(stack) == {"Watchdog"}, 30, "only the watchdog fires")
+    eventually(lambda: stack.firing() == {"Watchdog"}, 30, "only the watchdog fires")
     eventually(lambda: ("Watchdog", "firing") in notified(stack), 40, "it was notified")
 
 
@@ -207,7 +190,7 @@ def test_a_stopped_broker_is_one_notification_and_so_is_its_start(
     def passed() -> str:
         return f"{time.monotonic() - start:.0f} s"
 
-    eventually(lambda: "RabbitMQDown" in firing(stack), 60, "RabbitMQDown fires")
+    eventually(lambda: "RabbitMQDown" in stack.firing(), 60, "RabbitMQDown fires")
     print("fires after", passed())
     build = stack.http("monitoring_prometheus_port", "/api/v1/status/buildinfo").json["data"]
     # Debian's 2.53 has the old pages, at another address.
@@ -220,11 +203,11 @@ def test_a_stopped_broker_is_one_notification_and_so_is_its_start(
     eventually(lambda: ("RabbitMQDown", "firing") in told(), 60, "it is in a file")
     print("in a file after", passed())
     # Its own targets are down, too: that is held back.
-    eventually(lambda: "TargetDown" in firing(stack), 60, "TargetDown fires")
+    eventually(lambda: "TargetDown" in stack.firing(), 60, "TargetDown fires")
 
     stack.docker("start", stack.container("rabbitmq"))
     start = time.monotonic()
-    eventually(lambda: firing(stack) == {"Watchdog"}, 120, "it ends in Prometheus")
+    eventually(lambda: stack.firing() == {"Watchdog"}, 120, "it ends in Prometheus")
     print("ends after", passed())
     eventually(lambda: active(stack) == {"Watchdog"}, 120, "it ends in Alertmanager")
     eventually(lambda: ("RabbitMQDown", "resolved") in told(), 120, "its end is in a file")
@@ -280,71 +263,6 @@ def test_a_backlog_raises_an_alert_until_it_is_received(stack: Stack) -> None:
         stack.vars["monitoring_prometheus_backlog_messages"] + 1,
     )
     stack.python(PUBLISH, stack.password("publisher"), str(port), str(count), *names)
-    eventually(lambda: "RabbitMQBacklog" in firing(stack), 60, "the backlog's alert fires")
+    eventually(lambda: "RabbitMQBacklog" in stack.firing(), 60, "the backlog's alert fires")
     eventually(lambda: stack.receive().text == "No message available\n", 90, "all are received")
-    eventually(lambda: firing(stack) == {"Watchdog"}, 60, "it ends")
-
-
-@pytest.fixture
-def own_files() -> Iterator[dict[str, object]]:
-    """Rules, a target and a receiver of the user's own, as variables."""
-    rule = {"alert": "MyOwn", "expr": "vector(1)", "labels": {"severity": "low"}}
-    rules = {"groups": [{"name": "own", "rules": [rule]}]}
-    target = {"job_name": "own", "static_configs": [{"targets": ["fluentd:9880"]}]}
-    # Beside the inventory: Ansible takes every file in its folder for one.
-    folder = INVENTORY.parent / "own"
-    folder.mkdir(exist_ok=True)
-    (folder / "rules.yml").write_text(json.dumps(rules))
-    (folder / "scrape.yml").write_text(json.dumps({"scrape_configs": [target]}))
-    url = "/etc/alertmanager/secrets/own_url"
-    yield {
-        "monitoring_prometheus_rules": ["../own/rules.yml"],
-        "monitoring_prometheus_scrapes": ["../own/s*.yml"],
-        "monitoring_alertmanager_receivers": [
-            {"name": "own", "webhook_configs": [{"url_file": url}]}
-        ],
-        "monitoring_alertmanager_secrets": {"own_url": "http://fluentd:9880/own.secret"},
-        "monitoring_alertmanager_route": {
-            "receiver": "own",
-            "group_by": ["alertname"],
-            "group_wait": "1s",
-        },
-    }
-    shutil.rmtree(folder)
-
-
-def test_rules_targets_and_receivers_of_the_user_s_own_come_and_go(
-    stack: Stack, own_files: dict[str, object]
-) -> None:
-    before = stack.starts()
-
-    def restarted() -> set[str]:
-        after = stack.starts()
-        return {
-            name.removeprefix(stack.name + "-") for name in after if after[name] != before[name]
-        }
-
-    said = stack.site(
-        "-v", "--diff", "--tags", "prometheus,alertmanager", "--extra-vars", json.dumps(own_files)
-    )
-    assert "own.secret" not in said
-    assert restarted() == {"prometheus", "alertmanager"}
-    assert "own.secret" not in str(stack.inspect("alertmanager"))
-    eventually(lambda: "MyOwn" in firing(stack), 60, "the own rule is evaluated")
-    assert "own" in targets(stack)
-    eventually(
-        lambda: any("own.secret" in line and "MyOwn" in line for line in stack.lines("other")),
-        60,
-        "the own receiver was told",
-    )
-
-    before = stack.starts()
-    stack.site("--tags", "prometheus,alertmanager")
-    assert restarted() == {"prometheus", "alertmanager"}
-    # Rules are evaluated again.
-    eventually(lambda: "Watchdog" in firing(stack), 60, "the watchdog fires")
-    assert "MyOwn" not in firing(stack)
-    assert targets(stack).keys() & {"own", "exporter"} == {"exporter"}
-    left = stack.run("find /etc/message-broker-stack -type f")
-    assert "/prometheus/rules/broker.yml" in left
-    assert not re.search("own_url|/rules.yml|/scrape.yml", left)
+    eventually(lambda: stack.firing() == {"Watchdog"}, 60, "it ends")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import PROJECT, Stack
-from readme import matches, walkthrough
+from readme import follow, walkthrough
 
 # Sends and receives over one connection each, as a program would, and prints what came back.
 IN_AND_OUT = """
@@ -39,8 +39,7 @@ def test_the_readmes_walk_through_passes(stack: Stack) -> None:
     ]
     assert len(commands) >= 3
     for command, expected in commands:
-        actual = stack.host.run(command).stdout
-        assert matches(expected, actual), f"$ {command}\n{actual}\nexpected:\n{expected}"
+        follow(command, expected, lambda said: str(stack.host.run(said).stdout))
 
 
 @pytest.mark.parametrize(

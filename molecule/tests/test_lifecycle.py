@@ -1,9 +1,13 @@
 """What the stack survives, what it takes over, and, in the end, what is left of it."""
 
+import json
+import re
+import shutil
 import time
+from collections.abc import Iterator
 
 import pytest
-from conftest import SERVICES, Stack, eventually
+from conftest import INVENTORY, SERVICES, Stack, eventually
 
 
 @pytest.fixture
@@ -106,6 +110,61 @@ def restarted(stack: Stack, before: dict[str, str]) -> bool:
     return all(after[name] != before[name] and name in running for name in before)
 
 
+@pytest.fixture
+def own_files() -> Iterator[dict[str, object]]:
+    """Rules, a target and a receiver of the user's own, as variables."""
+    rule = {"alert": "MyOwn", "expr": "vector(1)", "labels": {"severity": "low"}}
+    rules = {"groups": [{"name": "own", "rules": [rule]}]}
+    target = {"job_name": "own", "static_configs": [{"targets": ["fluentd:9880"]}]}
+    # Beside the inventory: Ansible takes every file in its folder for one.
+    folder = INVENTORY.parent / "own"
+    folder.mkdir(exist_ok=True)
+    (folder / "rules.yml").write_text(json.dumps(rules))
+    (folder / "scrape.yml").write_text(json.dumps({"scrape_configs": [target]}))
+    url = "/etc/alertmanager/secrets/own_url"
+    yield {
+        "monitoring_prometheus_rules": ["../own/rules.yml"],
+        "monitoring_prometheus_scrapes": ["../own/s*.yml"],
+        "monitoring_alertmanager_receivers": [
+            {"name": "own", "webhook_configs": [{"url_file": url}]}
+        ],
+        "monitoring_alertmanager_secrets": {"own_url": "http://fluentd:9880/own.secret"},
+        "monitoring_alertmanager_route": {
+            "receiver": "own",
+            "group_by": ["alertname"],
+            "group_wait": "1s",
+        },
+    }
+    shutil.rmtree(folder)
+
+
+def test_a_run_takes_rules_targets_and_receivers_of_the_user_s_own(
+    stack: Stack, own_files: dict[str, object]
+) -> None:
+    before = stack.starts()
+
+    def restarted() -> set[str]:
+        after = stack.starts()
+        return {
+            name.removeprefix(stack.name + "-") for name in after if after[name] != before[name]
+        }
+
+    said = stack.site(
+        "-v", "--diff", "--tags", "prometheus,alertmanager", "--extra-vars", json.dumps(own_files)
+    )
+    assert "own.secret" not in said
+    assert restarted() == {"prometheus", "alertmanager"}
+    assert "own.secret" not in str(stack.inspect("alertmanager"))
+    eventually(lambda: "MyOwn" in stack.firing(), 60, "the own rule is evaluated")
+    assert "own" in stack.targets()
+    eventually(
+        lambda: any("own.secret" in line and "MyOwn" in line for line in stack.lines("other")),
+        # Prometheus tells again every minute; just started, it knew no Alertmanager yet.
+        100,
+        "the own receiver was told",
+    )
+
+
 @pytest.mark.usefixtures("three_messages")
 def test_the_next_run_takes_over_a_changed_password_and_repairs_what_was_removed(
     stack: Stack,
@@ -121,6 +180,14 @@ def test_the_next_run_takes_over_a_changed_password_and_repairs_what_was_removed
     eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
     publish = "publish", stack.vars["stack_exchange"], "nowhere"
     assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
+
+    # What the run before was given of the user's own is given no more.
+    eventually(lambda: "Watchdog" in stack.firing(), 60, "rules are evaluated")
+    assert "MyOwn" not in stack.firing()
+    assert stack.targets().keys() & {"own", "exporter"} == {"exporter"}
+    left = stack.run("find /etc/message-broker-stack -type f")
+    assert "/prometheus/rules/broker.yml" in left
+    assert not re.search("own_url|/rules.yml|/scrape.yml", left)
 
 
 @pytest.mark.usefixtures("empty_queue")
