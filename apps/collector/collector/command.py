@@ -29,12 +29,29 @@ def _kill(process: Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+async def _start(source: ExecSource) -> Process:
+    """Start the command in a group of its own.
+
+    Python cancelled in the middle of it would leave the command's children, and wait for ever.
+    """
+    starting = asyncio.create_task(
+        asyncio.create_subprocess_exec(
+            "sh", "-c", source.command,
+            stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True,
+        )
+    )  # fmt: skip
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        process = await starting
+        _kill(process)
+        await process.wait()
+        raise
+
+
 async def _run(source: ExecSource) -> bytes:
     """Run the command once and return what it printed; say in one line how it failed."""
-    process = await asyncio.create_subprocess_exec(
-        "sh", "-c", source.command,
-        stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True,
-    )  # fmt: skip
+    process = await _start(source)
     assert process.stdout  # noqa: S101 - for the type checker
     assert process.stderr  # noqa: S101
     try:
