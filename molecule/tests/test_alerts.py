@@ -33,7 +33,6 @@ class Browser:
     """Chromium, in the network of the disposable host."""
 
     def __init__(self, stack: Stack) -> None:
-        self.stack = stack
         self.container = f"{stack.vars['ansible_host'].removesuffix('-broker1')}-browser"
         self.top = f"http://127.0.0.1:{stack.vars['monitoring_prometheus_port']}"
 
