@@ -30,11 +30,11 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# What waits for packages goes beside what computes; Molecule and the bare machine both need the engine and Debian's image.
+# What waits for packages, and later Molecule, which waits for alerts, goes beside what computes.
 test: .venv/.test
-	$(MAKE) --jobs=2 --output-sync test-host unit-python lint unit
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) test-bare > $$log 2>&1 & bare=$$!; $(MAKE) molecule; status=$$?; \
-	wait $$bare || status=$$?; cat $$log; exit $$status
+	$(MAKE) --jobs=2 --output-sync test-host lint
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) unit test-bare > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
+	wait $$rest || status=$$?; cat $$log; exit $$status
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml

@@ -17,6 +17,7 @@ from readme import follow, walkthrough
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "/root/project"
+CHECK = "LC_ALL=C.UTF-8 .venv/bin/ansible-playbook --check --diff playbooks/site.yml"
 PULLED = ("debian:", "rabbitmq:")
 SERVICES = (
     "fluentd",
@@ -204,8 +205,7 @@ def test_the_tools_are_installed_into_the_project(
 def test_check_mode_passes_on_an_empty_machine_and_changes_nothing(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
-    playbook = "LC_ALL=C.UTF-8 .venv/bin/ansible-playbook --check --diff playbooks/site.yml"
-    output = timed(machine, seconds, "check", playbook, 120)
+    output = timed(machine, seconds, "check", CHECK, 120)
     say(f"--check --diff: {seconds['check']:.0f} s")
     assert [counted["failed"] for counted in recap(output)] == [0]
     assert machine.changes() == set()
@@ -249,6 +249,14 @@ def test_make_up_again_changes_nothing(
     say(f"second make up: {seconds['again']:.0f} s, {counted}")
     assert [(one["changed"], one["failed"]) for one in counted] == [(0, 0)], output[-4000:]
     assert seconds["again"] <= 90
+
+
+def test_check_mode_passes_on_the_running_stack(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    counted = recap(timed(machine, seconds, "check again", CHECK, 180))
+    say(f"--check --diff beside the stack: {seconds['check again']:.0f} s")
+    assert [(one["changed"], one["failed"]) for one in counted] == [(0, 0)]
 
 
 def test_make_status_shows_the_table(
