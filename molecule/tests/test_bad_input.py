@@ -108,6 +108,7 @@ CASES = [
         {"apps_publisher_confirm_timeout": 10},
         ["apps_publisher_confirm_timeout", "10", "1 to 4"],
     ),
+    ({"stack_bind_address": "0.0.0.0"}, ["stack_bind_address is 0.0.0.0", "apps_http_user"]),
     ({"rabbitmq_host_name": "another"}, ["rabbitmq_host_name", "another", "to broker1"]),
     (
         {"rabbitmq_host_name": "a.example", "rabbitmq_disk_free_limit": "two"},

@@ -64,13 +64,7 @@ def test_a_killed_worker_comes_back_alone(stack: Stack) -> None:
     pid = stack.inspect("publisher")["State"]["Pid"]
 
     def workers() -> set[str]:
-        children = stack.run("cat /proc/%s/task/%s/children", str(pid), str(pid)).split()
-        # Beside them runs the tracker of multiprocessing's resources.
-        return {
-            child
-            for child in children
-            if "resource_tracker" not in stack.run("cat /proc/%s/cmdline", child)
-        }
+        return set(stack.run("cat /proc/%s/task/%s/children", str(pid), str(pid)).split())
 
     def connections() -> int:
         logs = stack.run("docker logs %s 2>&1", stack.container("publisher"))
@@ -112,7 +106,7 @@ def restarted(stack: Stack, before: dict[str, str]) -> bool:
 
 @pytest.fixture
 def own_files() -> Iterator[dict[str, object]]:
-    """Rules, a target and a receiver of the user's own, as variables."""
+    """Rules, a target, a receiver and credentials of the user's own, as variables."""
     rule = {"alert": "MyOwn", "expr": "vector(1)", "labels": {"severity": "low"}}
     rules = {"groups": [{"name": "own", "rules": [rule]}]}
     target = {"job_name": "own", "static_configs": [{"targets": ["fluentd:9880"]}]}
@@ -134,11 +128,13 @@ def own_files() -> Iterator[dict[str, object]]:
             "group_by": ["alertname"],
             "group_wait": "1s",
         },
+        "apps_http_user": "me",
+        "apps_http_token": "token.secret",
     }
     shutil.rmtree(folder)
 
 
-def test_a_run_takes_rules_targets_and_receivers_of_the_user_s_own(
+def test_a_run_takes_rules_targets_receivers_and_credentials_of_the_user_s_own(
     stack: Stack, own_files: dict[str, object]
 ) -> None:
     before = stack.starts()
@@ -149,12 +145,21 @@ def test_a_run_takes_rules_targets_and_receivers_of_the_user_s_own(
             name.removeprefix(stack.name + "-") for name in after if after[name] != before[name]
         }
 
+    changed = {"prometheus", "alertmanager", "publisher", "subscriber"}
     said = stack.site(
-        "-v", "--diff", "--tags", "prometheus,alertmanager", "--extra-vars", json.dumps(own_files)
+        "-v", "--diff", "--tags", ",".join(changed), "--extra-vars", json.dumps(own_files)
     )
-    assert "own.secret" not in said
-    assert restarted() == {"prometheus", "alertmanager"}
-    assert "own.secret" not in str(stack.inspect("alertmanager"))
+    password = (stack.secrets / "http").read_text().strip()
+    shown = said + "".join(str(stack.inspect(service)) for service in changed)
+    assert not [one for one in ("own.secret", "token.secret", password) if one in shown]
+    assert restarted() == changed
+    bearer = "Authorization: Bearer token.secret"
+    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive"):
+        assert stack.http(port, path).status == 401
+        assert stack.http(port, path, "--user", f"me:{password}").status == 200
+        assert stack.http(port, path, "--header", bearer).status == 200
+        assert stack.http(port, path, "--user", "me:wrong").status == 401
+        assert stack.http(port, "/healthz?ready").status == 200
     eventually(lambda: "MyOwn" in stack.firing(), 60, "the own rule is evaluated")
     assert "own" in stack.targets()
     eventually(

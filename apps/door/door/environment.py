@@ -27,6 +27,10 @@ class Environment:
         """Return the text of name, None when it is not set; ConfigError when it is empty."""
         return self.text(name) if name in self._variables else None
 
+    def has_secret(self, name: str) -> bool:
+        """Return whether the secret name, or a file with it, is set."""
+        return name in self._variables or f"{name}_FILE" in self._variables
+
     def number(self, name: str, default: int, minimum: int, maximum: int) -> int:
         """Return the whole number in name, from minimum to maximum; ConfigError otherwise."""
         raw = self._variables.get(name, str(default))

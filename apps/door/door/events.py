@@ -5,6 +5,7 @@ a collector that ends before it read it is lost uncounted: fluent-logger asks fo
 acknowledgement. What was written only in part is written again as a whole.
 """
 
+import atexit
 import logging
 import re
 import threading
@@ -12,7 +13,6 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from multiprocessing.util import Finalize
 from queue import Empty, Full
 from typing import Protocol
 
@@ -198,8 +198,7 @@ def start(tag: str, settings: EventSettings) -> Sender | None:
     if settings.host is None:
         return None
     sender = Sender(tag, settings.host, settings.port)
-    # Not atexit: Python 3.11 does not call it in processes of multiprocessing, as granian's are.
-    Finalize(None, sender.close, exitpriority=0)
+    atexit.register(sender.close)
     return sender
 
 

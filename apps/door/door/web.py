@@ -4,9 +4,10 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import IO, NoReturn, Protocol
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, abort, g, request
+from gevent import Timeout, sleep
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -17,15 +18,21 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from werkzeug.exceptions import HTTPException
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import HTTPException, RequestTimeout, ServiceUnavailable, Unauthorized
 
 from door import BrokerUnavailable
 from door.events import REQUEST_ID, Event, Sink
+from door.server import CLIENT_TIMEOUT
+from door.settings import Access
 
 # Seconds a client should wait before it asks again while the broker is away.
 RETRY_AFTER = 1
-# Asked every few seconds, and never by whom an event would interest.
-WITHOUT_EVENT = ("/healthz", "/metrics")
+# Asked every few seconds, by who needs no credentials, and of no interest as an event.
+OPEN = ("/healthz", "/metrics")
+# Bytes of all the bodies that one process holds at a time, and from which size one counts.
+MAX_BODIES = 32 * 1024 * 1024
+LARGE_BODY = 64 * 1024
 
 REQUESTS = Counter("http_requests", "HTTP requests answered", ["route", "status"])
 DURATION = Histogram(
@@ -54,17 +61,44 @@ def json_response(status: int, body: object) -> Response:
     return Response(json.dumps(body), status, mimetype="application/json")
 
 
-def equip(app: Flask, broker: Broker, events: Sink | None) -> None:
-    """Give app `/healthz` and `/metrics`, count and tell its requests, and make errors JSON.
+class _Bodies:
+    """What the bodies take that this process holds, so that many large ones do not end it."""
 
-    An error is `{"message": "<what is wrong>"}`: the caller's fault is 4xx, BrokerUnavailable
-    is 503 with `Retry-After`. Each response names its request in `X-Request-Id`; each request
-    but those of health and metrics is told to events, unless its event is deferred.
+    held = 0
+
+
+def equip(app: Flask, broker: Broker, events: Sink | None, access: Access) -> None:
+    """Give app `/healthz`, `/metrics` and `/openapi.json`, and what its requests have in common.
+
+    Who has no access gets 401, but for health and metrics. Requests are counted and told. An
+    error is `{"message": "<what is wrong>"}`: the caller's fault is 4xx, BrokerUnavailable is
+    503 with `Retry-After`. Each response names its request in `X-Request-Id`; each request but
+    those of health and metrics is told to events, unless its event is deferred. The description
+    is openapi.json in app's package.
     """
 
     @app.before_request
-    def begin_event() -> None:
+    def begin() -> None:
         g.event = Event(events, request.headers.get(REQUEST_ID))
+        g.held = 0
+        if request.path not in OPEN and not access.allows(request.headers.get("Authorization")):
+            raise Unauthorized(
+                "Credentials are missing or wrong.",
+                www_authenticate=[
+                    WWWAuthenticate("basic", {"realm": app.name}),
+                    WWWAuthenticate("bearer"),
+                ],
+            )
+
+    @app.teardown_request
+    def release(_error: BaseException | None) -> None:
+        _Bodies.held -= g.get("held", 0)
+
+    description = (Path(app.root_path) / "openapi.json").read_bytes()
+
+    @app.get("/openapi.json")
+    def openapi() -> Response:
+        return Response(description, mimetype="application/json")
 
     app.after_request(_end)
     app.register_error_handler(HTTPException, _http_error)
@@ -75,7 +109,59 @@ def equip(app: Flask, broker: Broker, events: Sink | None) -> None:
     def healthz() -> Response:
         up = broker.up
         status = 503 if "ready" in request.args and not up else 200
-        return json_response(status, {"broker": "up" if up else "down"})
+        response = json_response(status, {"broker": "up" if up else "down"})
+        if status == 503:
+            response.headers["Retry-After"] = str(RETRY_AFTER)
+        return response
+
+
+def read_body(limit: int) -> bytes:
+    """Return the whole body of the request, of at most limit bytes.
+
+    Aborts with 413 when it is larger (unread, where its length is told), with 408 when it takes
+    more than CLIENT_TIMEOUT seconds, and with 503 when this process holds too many large ones.
+    """
+    length = request.content_length
+    if length is not None and length > limit:
+        _too_large(limit)
+    if length is None and "HTTP_TRANSFER_ENCODING" not in request.environ:
+        return b""
+    expected = limit if length is None else length
+    if expected > LARGE_BODY:
+        if _Bodies.held + expected > max(MAX_BODIES, limit):
+            busy = ServiceUnavailable("Too many large requests at a time.")
+            busy.retry_after = RETRY_AFTER
+            raise busy
+        g.held = expected
+        _Bodies.held += expected
+    late = RequestTimeout(f"The body took more than {CLIENT_TIMEOUT} s.")
+    try:
+        with Timeout(CLIENT_TIMEOUT, late):
+            source = request.environ["wsgi.input"]
+            body: bytes = source.read(length) if length is not None else _chunks(source, limit)
+    except TimeoutError:
+        raise late from None
+    except OSError:  # it ended early, or its chunks cannot be told apart
+        abort(400, "The body is not whole.")
+    if length is None and len(body) > limit:
+        _too_large(limit)
+    return body
+
+
+def _chunks(source: IO[bytes], limit: int) -> bytes:
+    """Read a body of unknown length, and no more of it than shows that it exceeds limit.
+
+    The smallest chunks cost the server the most: others get a turn between few of them.
+    """
+    body = bytearray()
+    while len(body) <= limit and (piece := source.read(4096)):
+        body += piece
+        sleep(0)
+    return bytes(body)
+
+
+def _too_large(limit: int) -> NoReturn:
+    abort(413, f"The body has more than {limit} bytes.")
 
 
 def metrics() -> Response:
@@ -102,13 +188,17 @@ def current_event() -> Event:
     return event
 
 
+def count(route: str, status: int, event: Event) -> None:
+    """Count a request whose answer begins now."""
+    REQUESTS.labels(route, status).inc()
+    DURATION.labels(route).observe(time.perf_counter() - event.started)
+
+
 def _end(response: Response) -> Response:
     event = current_event()
-    route = request.url_rule.rule if request.url_rule else "none"
-    REQUESTS.labels(route, response.status_code).inc()
-    DURATION.labels(route).observe(time.perf_counter() - event.started)
+    count(request.url_rule.rule if request.url_rule else "none", response.status_code, event)
     response.headers[REQUEST_ID] = event.request_id
-    if not event.deferred and request.path not in WITHOUT_EVENT:
+    if not event.deferred and request.path not in OPEN:
         if "event" not in event.fields:
             event.fields |= {"event": "request", "method": request.method, "path": request.path}
         event.tell(response.status_code)
@@ -125,6 +215,6 @@ def _http_error(error: HTTPException) -> Response:
 
 def _broker_unavailable(error: BrokerUnavailable) -> Response:
     current_event().fields["reason"] = str(error)
-    response = json_response(503, {"message": str(error)})
+    response = json_response(503, {"message": str(error), **error.details})
     response.headers["Retry-After"] = str(RETRY_AFTER)
     return response

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 from door import BrokerUnavailable, events
 from door.events import DROPPED, Sender
-from door.settings import EventSettings
+from door.settings import Access, EventSettings
 from door.web import current_event, equip
 from flask import Flask, abort, request
 from flask.testing import FlaskClient
@@ -103,9 +104,10 @@ def sender(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
 
 
 @pytest.fixture
-def client(sender: Sender) -> FlaskClient:
-    app = Flask("door")
-    equip(app, SimpleNamespace(up=True), sender)
+def client(sender: Sender, tmp_path: Path) -> FlaskClient:
+    (tmp_path / "openapi.json").write_text("{}")
+    app = Flask("door", root_path=str(tmp_path))
+    equip(app, SimpleNamespace(up=True), sender, Access())
 
     @app.post("/data")
     def data() -> str:

@@ -1,22 +1,34 @@
-"""Serve, once the settings are known to be good: `python3 -m publisher`.
+"""Serve the publisher until SIGTERM: `python3 -m publisher`."""
 
-They are checked before granian starts, because granian would respawn workers that fail on them
-for as long as two of them fail in turn. Nothing here may import door.web: this process becomes
-granian's own, and would count in the metrics as a worker that never connects.
-"""
-
-import os
 import sys
+from typing import TYPE_CHECKING
 
 from door.environment import ConfigError, Environment
+from door.server import Application, serve
 
 from publisher.settings import Settings
 
-SERVER = ["-m", "granian", "--interface", "wsgi", "--factory", "publisher.app:create_app"]
+if TYPE_CHECKING:
+    from publisher.broker import Broker
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Check the settings, then serve in as many processes as they say."""
     try:
-        Settings.read(Environment())
+        settings = Settings.read(Environment())
     except ConfigError as error:
         sys.exit(f"publisher: {error}")
-    os.execv(sys.executable, [sys.executable, *SERVER])  # noqa: S606 - no shell is wanted
+
+    def make() -> tuple[Application, "Broker"]:
+        # Not before: the first process would count in the metrics as one that never connects.
+        from publisher.app import create_app
+        from publisher.broker import Broker
+
+        broker = Broker(settings)
+        return create_app(settings, broker), broker
+
+    serve("publisher", make, settings.port, settings.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,22 @@
-"""Confirmed publishing over one long-lived connection, whose I/O has a thread of its own.
+# mypy: disable-error-code=no-untyped-call
+"""Confirmed publishing: a message counts as sent once the broker confirmed it.
 
-Request threads put messages into an outbox and wait; the I/O thread sends them and settles them
-when the broker confirms (https://www.rabbitmq.com/docs/confirms). So heartbeats are served while
-no request comes, and many requests share one connection, one wake-up and one confirm.
+Requests put their messages into an outbox and wait. One flush a turn of the event loop sends what
+is there, and a confirm settles one message or all up to it (https://www.rabbitmq.com/docs/confirms).
 """
 
 import logging
-import threading
-import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from door import BrokerUnavailable
-from door.events import REQUEST_ID
+from door.amqp import Link
 from door.web import BROKER_UP
-from pika.adapters.select_connection import SelectConnection
+from gevent import get_hub
+from gevent.event import Event
 from pika.channel import Channel
 from pika.frame import Method
 from pika.spec import Basic, BasicProperties
@@ -25,201 +25,189 @@ from publisher.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Seconds between two attempts to connect: doubled up to the last, reset by a confirm.
-FIRST_DELAY = 0.2
-LAST_DELAY = 2.0
+# Messages that are sent by one flush, so that a batch does not keep everybody else waiting.
+MAX_FLUSH = 500
 
 UNSENT = "the message was not published"
 UNKNOWN = "whether the message was published is unknown"
 
 
-class _Message:
-    """One message on its way to the broker, and the request that waits for it."""
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What is published: body, id, content type (None: not told), and headers."""
 
-    __slots__ = ("_gate", "body", "error", "given_up", "id", "request_id", "settled", "signs")
+    body: bytes
+    id: str
+    content_type: str | None = "text/plain"
+    headers: dict[str, str] = field(default_factory=dict)
 
-    def __init__(self, body: bytes, message_id: str, request_id: str, signs: int) -> None:
-        self.body = body
-        self.id = message_id
-        self.request_id = request_id
-        self.signs = signs
-        self.settled = False
-        self.given_up = False
+
+class Unconfirmed(BrokerUnavailable):
+    """Not every message of a request was confirmed; the first `certain` of them were."""
+
+    def __init__(self, reason: str, certain: int = 0) -> None:
+        """Fail for reason; the first certain messages are in the queue."""
+        super().__init__(reason)
+        self.certain = certain
+
+
+class _Sending:
+    """The messages of one request on their way to the broker."""
+
+    __slots__ = ("confirmed", "done", "error", "left", "messages", "sent")
+
+    def __init__(self, messages: Sequence[Message]) -> None:
+        self.messages = messages
+        self.sent = 0
+        self.left = len(messages)
+        self.confirmed = bytearray(len(messages))
         self.error: str | None = None
-        # A held lock: waiting for its release costs a fraction of a threading.Event.
-        self._gate = threading.Lock()
-        self._gate.acquire()
+        self.done = Event()
 
-    def wait(self, timeout: float) -> bool:
-        """Wait up to timeout seconds; whether the message is settled."""
-        return self._gate.acquire(timeout=timeout)
+    def settle(self, index: int, error: str | None) -> None:
+        """Note the broker's answer to one message; the last one lets the request go on."""
+        if error is None:
+            self.confirmed[index] = 1
+        else:
+            self.error = self.error or error
+        self.left -= 1
+        if not self.left:
+            self.done.set()
 
-    def settle(self, error: str | None = None) -> None:
-        """Let the request go on, once and for all; only the I/O thread may call this."""
-        if not self.settled:
-            self.error = error
-            self.settled = True
-            self._gate.release()
+    def fail(self, error: str) -> None:
+        """Let the request go on at once, with what is confirmed by now."""
+        if not self.done.is_set():
+            self.error = self.error or error
+            self.done.set()
+
+    @property
+    def certain(self) -> int:
+        """How many messages from the first on are confirmed."""
+        end = self.confirmed.find(0)
+        return len(self.messages) if end < 0 else end
 
 
-class Broker:
-    """A connection to RabbitMQ that publishes with confirms and reconnects for ever.
+class Broker(Link):
+    """A connection to RabbitMQ that publishes with confirms."""
 
-    `_lock` guards what both sides touch: `_ready`, `_blocked`, `_wakeup_due` and the use of
-    `_connection` from request threads. Everything else belongs to the I/O thread.
-    """
-
-    def __init__(
-        self, settings: Settings, connect: Callable[..., SelectConnection] = SelectConnection
-    ) -> None:
-        """Start to connect; make one per worker process, after the fork."""
+    def __init__(self, settings: Settings) -> None:
+        """Prepare for settings; nothing connects before start()."""
+        super().__init__(settings.broker, "publisher")
         self._settings = settings
-        self._connect = connect
-        self._lock = threading.Lock()
-        self._connection: SelectConnection | None = None
-        self._channel: Channel | None = None
-        self._ready = False
         self._blocked = False
-        self._outbox: deque[_Message] = deque()
-        self._wakeup_due = False
+        self._outbox: deque[_Sending] = deque()
+        self._flush_due = False
         # Delivery tag → message, in the order of publishing, so that a multiple ack is a prefix.
-        self._unconfirmed: dict[int, _Message] = {}
-        self._returned: dict[str, str] = {}
+        self._unconfirmed: dict[int, tuple[_Sending, int]] = {}
+        # Message id → why it was returned, and the last tag at that time: of several messages with
+        # one id that were on their way then, all count as returned.
+        self._returned: dict[str, tuple[str, int]] = {}
         self._tag = 0
         # Counts confirms and new channels: unchanged over a whole time-out, the broker is silent.
         self._signs = 0
-        self._delay = FIRST_DELAY
-        self._failed = False
-        self._complaint = ""
-        self._update_gauge()
-        threading.Thread(target=self._run, name="broker", daemon=True).start()
 
     @property
     def up(self) -> bool:
         """Whether a message can be published now: connected, confirms on, not blocked."""
-        return self._ready and not self._blocked
+        return self.channel is not None and not self._blocked
 
-    def publish(self, body: bytes, message_id: str, request_id: str) -> None:
-        """Publish body once, persistent and mandatory, and wait for the broker's confirm.
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Publish messages, in order, persistent and mandatory, and wait for all the confirms.
 
-        message_id must be unique; request_id travels with the message as its X-Request-Id.
-        Raises BrokerUnavailable at once when the broker is away, blocks or silent; when it nacks
-        or returns the message; when the connection ends or blocks while waiting; and when no
-        confirm comes within the time-out, which renews the connection if nothing else was
-        confirmed meanwhile. The message may then still be in the queue.
+        Raises Unconfirmed at once when the broker is away, blocks or silent; when it nacks or
+        returns a message; when the connection ends or blocks while waiting; and when a time-out
+        passes without a confirm of these messages, which renews the connection if nothing else
+        was confirmed meanwhile. What is not confirmed may still be in the queue.
         """
-        message = _Message(body, message_id, request_id, self._signs)
-        with self._lock:
-            if self._connection is None or not self.up:
-                state = "blocks publishers" if self._blocked else "is not connected"
-                raise BrokerUnavailable(f"The broker {state}; {UNSENT}.")
-            self._outbox.append(message)
-            if not self._wakeup_due:
-                self._wakeup_due = True
-                self._connection.ioloop.add_callback_threadsafe(self._flush)
-        if not message.wait(self._settings.confirm_timeout):
-            message.given_up = True
-            self._time_out(message)
-        if message.error is not None:
-            raise BrokerUnavailable(message.error)
+        if not self.up:
+            state = "is not connected" if self.channel is None else "blocks publishers"
+            raise Unconfirmed(f"The broker {state}; {UNSENT}.")
+        sending = _Sending(messages)
+        self._outbox.append(sending)
+        self._flush_soon()
+        signs, left = self._signs, sending.left
+        while not sending.done.wait(self._settings.confirm_timeout):
+            if sending.left == left:
+                self._time_out(sending, silent=self._signs == signs)
+            signs, left = self._signs, sending.left
+        if sending.error is not None:
+            raise Unconfirmed(sending.error, sending.certain)
 
-    def _time_out(self, message: _Message) -> None:
-        """Give up message, unless it is settled just now, and the connection if it is silent.
+    def _time_out(self, sending: _Sending, silent: bool) -> None:
+        """Give sending up, and the connection if it is silent.
 
         A silent connection is renewed rather than waited for: a confirm that got lost would keep
-        it silent for ever, and requests that queue behind busy threads must fail at once.
+        it silent for ever.
         """
-        seconds = self._settings.confirm_timeout
-        with self._lock:
-            if self._connection and self._ready and self._signs == message.signs:
-                self._ready = False
-                self._connection.ioloop.add_callback_threadsafe(
-                    lambda: self._ended(None, f"no confirm in {seconds} s")
-                )
-        if not message.settled:
-            raise BrokerUnavailable(f"The broker sent no confirm in {seconds} s; {UNKNOWN}.")
+        reason = f"no confirm in {self._settings.confirm_timeout} s"
+        sending.fail(f"The broker sent {reason}; {UNKNOWN if sending.sent else UNSENT}.")
+        if silent:
+            self.drop(BrokerUnavailable(reason))
 
-    # What follows runs in the I/O thread.
+    # What follows runs in the hub.
 
-    def _run(self) -> None:
-        while True:
-            try:
-                self._serve()
-            except Exception:
-                log.exception("The broker's I/O failed; a new connection follows")
-            time.sleep(self._delay)
-            self._delay = min(2 * self._delay, LAST_DELAY)
-
-    def _serve(self) -> None:
-        """Hold one connection from its first packet to its end."""
-        connection = self._connect(
-            self._settings.broker.parameters("publisher"),
-            on_open_callback=self._opened,
-            on_open_error_callback=self._ended,
-            on_close_callback=self._ended,
-        )
-        self._connection = connection
-        self._failed = False
-        try:
-            connection.ioloop.start()
-        finally:
-            self._fail("the I/O ended")
-            with self._lock:
-                self._connection = self._channel = None
-            self._unconfirmed.clear()
-            self._returned.clear()
-            # pika can only close politely, which a silent broker would not answer.
-            if connection._transport is not None:
-                connection._transport._close_and_finalize()
-            connection.ioloop.close()
-
-    def _opened(self, connection: SelectConnection) -> None:
+    def opened(self, channel: Channel) -> None:
+        """Ask for confirms on channel."""
+        connection = channel.connection
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
-        connection.channel(on_open_callback=self._channel_opened)
-
-    def _channel_opened(self, channel: Channel) -> None:
-        self._channel = channel
-        channel.add_on_close_callback(self._channel_closed)
         channel.add_on_return_callback(self._on_return)
-        channel.confirm_delivery(self._on_confirm, callback=self._confirms_on)
+        channel.confirm_delivery(self._on_confirm, callback=lambda _: self._confirms_on(channel))
 
-    def _confirms_on(self, _frame: Method[Any]) -> None:
+    def lost(self, reason: object) -> None:
+        """Fail every waiting request."""
+        super().lost(reason)
+        self._blocked = False
+        self._give_up_all("The connection to the broker was lost")
+        self._unconfirmed.clear()
+        self._returned.clear()
+
+    def _confirms_on(self, channel: Channel) -> None:
         self._tag = 0
-        self._complaint = ""
-        with self._lock:
-            self._signs += 1
-            self._ready, self._blocked = True, False
-            # The last connection may have ended before its wake-up was served.
-            self._wakeup_due = False
-        self._update_gauge()
-        broker = self._settings.broker
-        log.info("Connected to the broker at %s:%s", broker.host, broker.port)
+        self._signs += 1
+        self.ready(channel)
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            get_hub().loop.run_callback(self._flush)
 
     def _flush(self) -> None:
-        """Send what is in the outbox."""
-        # Before the outbox is read: who adds a message from now on wakes this thread again.
-        with self._lock:
-            self._wakeup_due = False
-        # Not up, the connection has a failure due that settles the outbox.
-        while self.up and self._outbox:
-            message = self._outbox.popleft()
-            if not message.given_up:
-                self._tag += 1
-                self._unconfirmed[self._tag] = message
-                self._send(message)
+        """Send what is in the outbox, in the order in which it came."""
+        self._flush_due = False
+        if not self.up:  # a failure has settled the outbox
+            return
+        try:
+            with self.channel.connection.joined():  # type: ignore[union-attr]
+                for _ in range(MAX_FLUSH):
+                    while self._outbox and self._outbox[0].done.is_set():
+                        self._outbox.popleft()  # its request gave up
+                    if not self._outbox:
+                        break
+                    self._send(self._outbox[0])
+        except Exception as error:  # whatever it was, the tags need no longer be pika's
+            self.drop(error)
+        if self._outbox:
+            self._flush_soon()
 
-    def _send(self, message: _Message) -> None:
-        assert self._channel is not None  # noqa: S101 - as up says
-        self._channel.basic_publish(
+    def _send(self, sending: _Sending) -> None:
+        """Send the next message of sending, the first in the outbox."""
+        index = sending.sent
+        message = sending.messages[index]
+        sending.sent += 1
+        if sending.sent == len(sending.messages):
+            self._outbox.popleft()
+        self._tag += 1
+        self._unconfirmed[self._tag] = sending, index
+        self.channel.basic_publish(  # type: ignore[union-attr]
             self._settings.exchange,
             self._settings.routing_key,
             message.body,
-            BasicProperties(  # type: ignore[no-untyped-call]
-                content_type="text/plain",
+            BasicProperties(
+                content_type=message.content_type,
                 delivery_mode=2,
                 message_id=message.id,
-                headers={REQUEST_ID: message.request_id},
+                headers=message.headers,
             ),
             mandatory=True,
         )
@@ -228,71 +216,47 @@ class Broker:
         self, _channel: Channel, method: Basic.Return, properties: BasicProperties, _body: bytes
     ) -> None:
         """Remember a message that no queue took; its ack comes after this."""
-        if properties.message_id:
-            self._returned[properties.message_id] = f"{method.reply_code} {method.reply_text}"
+        reason = f"{method.reply_code} {method.reply_text}"
+        # Anew at the end, so that the oldest tag stands first.
+        self._returned.pop(properties.message_id, None)
+        self._returned[properties.message_id] = reason, self._tag
 
     def _on_confirm(self, frame: Method[Any]) -> None:
         """Settle the message, or all up to it, that the broker acked or nacked."""
         self._signs += 1
-        self._delay = FIRST_DELAY
+        self.alive()
         last = frame.method.delivery_tag
         tags = [last]
         if frame.method.multiple:
             tags = list(takewhile(lambda tag: tag <= last, self._unconfirmed))
+        error = None if isinstance(frame.method, Basic.Ack) else "The broker refused the message."
         for tag in tags:
-            message = self._unconfirmed.pop(tag, None)
-            if message is None:
-                continue
-            if reason := self._returned.pop(message.id, None):
-                message.settle(f"The broker has no queue for the message ({reason}).")
-            elif isinstance(frame.method, Basic.Nack):
-                message.settle("The broker refused the message.")
-            else:
-                message.settle()
+            sending, index = self._unconfirmed.pop(tag, (None, 0))
+            if sending is not None:
+                sending.settle(index, error or self._return_of(sending.messages[index], tag))
+        first = next(iter(self._unconfirmed), self._tag + 1)
+        while self._returned and next(iter(self._returned.values()))[1] < first:
+            del self._returned[next(iter(self._returned))]
 
-    def _on_blocked(self, _connection: SelectConnection, frame: Method[Any]) -> None:
+    def _return_of(self, message: Message, tag: int) -> str | None:
+        """Why message, published as tag, was returned; None if it was not."""
+        reason, last = self._returned.get(message.id, ("", 0))
+        return f"The broker has no queue for the message ({reason})." if tag <= last else None
+
+    def _on_blocked(self, _connection: object, frame: Method[Any]) -> None:
         log.warning("The broker blocks publishers: %s", frame.method.reason)
-        with self._lock:
-            self._blocked = True
+        self._blocked = True
+        BROKER_UP.set(0)
         self._give_up_all("The broker blocks publishers")
 
-    def _on_unblocked(self, _connection: SelectConnection, _frame: Method[Any]) -> None:
+    def _on_unblocked(self, _connection: object, _frame: Method[Any]) -> None:
         log.info("The broker no longer blocks publishers")
-        with self._lock:
-            self._blocked = False
-        self._update_gauge()
-
-    def _channel_closed(self, channel: Channel, reason: BaseException) -> None:
-        """Renew the connection with the channel: a missing exchange (404) may come back."""
-        self._fail(repr(reason))
-        if channel.connection.is_open:
-            channel.connection.close()
-
-    def _ended(self, _connection: SelectConnection | None, reason: BaseException | str) -> None:
-        self._fail(reason if isinstance(reason, str) else repr(reason))
-        if self._connection is not None:
-            self._connection.ioloop.stop()
-
-    def _fail(self, reason: str) -> None:
-        """Take nothing more on this connection; the first of its reasons goes to the log."""
-        if self._failed:
-            return
-        self._failed = True
-        with self._lock:
-            self._ready = self._blocked = False
-        self._give_up_all("The connection to the broker was lost")
-        # While the broker stays away, the same complaint every two seconds tells nothing new.
-        if reason != self._complaint:
-            self._complaint = reason
-            log.warning("No connection to the broker: %s", reason)
+        self._blocked = False
+        BROKER_UP.set(self.up)
 
     def _give_up_all(self, what: str) -> None:
         """Fail every waiting request; sent messages stay listed, as their confirms may follow."""
+        for sending, _ in self._unconfirmed.values():
+            sending.fail(f"{what}; {UNKNOWN}.")
         while self._outbox:
-            self._outbox.popleft().settle(f"{what}; {UNSENT}.")
-        for message in self._unconfirmed.values():
-            message.settle(f"{what}; {UNKNOWN}.")
-        self._update_gauge()
-
-    def _update_gauge(self) -> None:
-        BROKER_UP.set(self.up)
+            self._outbox.popleft().fail(f"{what}; {UNSENT}.")

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from door.environment import Environment
-from door.settings import BrokerSettings, EventSettings
+from door.settings import Access, BrokerSettings, EventSettings
+
+MIB = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -13,23 +15,35 @@ class Settings:
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
+    access: Access = field(default_factory=Access)
     exchange: str = "takeaway-in"
     routing_key: str = "takeaway"
-    # Bytes of a message in UTF-8; RabbitMQ itself takes no more than 16 MiB.
-    max_message_bytes: int = 1024 * 1024
+    port: int = 5000
+    # Processes, each with a connection to the broker.
+    workers: int = 2
+    # Bytes of a message (as UTF-8 where it is text); RabbitMQ itself takes no more than 16 MiB.
+    max_message_bytes: int = MIB
+    # Bytes of a whole batch.
+    max_batch_bytes: int = 16 * MIB
     # Seconds to wait for the broker's confirm; under 5, the time in which a POST must be answered.
     confirm_timeout: float = 4
 
     @classmethod
     def read(cls, env: Environment) -> Self:
-        """Read RABBITMQ_*, FLUENTD_*, MAX_MESSAGE_BYTES, CONFIRM_TIMEOUT; ConfigError by name."""
+        """Read the environment; ConfigError by name.
+
+        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, WORKERS, MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and
+        CONFIRM_TIMEOUT.
+        """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
+            access=Access.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             routing_key=env.text("RABBITMQ_ROUTING_KEY", cls.routing_key),
-            max_message_bytes=env.number(
-                "MAX_MESSAGE_BYTES", cls.max_message_bytes, 1, 16 * 1024 * 1024
-            ),
+            port=env.number("PORT", cls.port, 1, 65535),
+            workers=env.number("WORKERS", cls.workers, 1, 99),
+            max_message_bytes=env.number("MAX_MESSAGE_BYTES", cls.max_message_bytes, 1, 16 * MIB),
+            max_batch_bytes=env.number("MAX_BATCH_BYTES", cls.max_batch_bytes, 1, 64 * MIB),
             confirm_timeout=env.number("CONFIRM_TIMEOUT", int(cls.confirm_timeout), 1, 4),
         )

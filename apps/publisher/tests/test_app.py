@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,37 +9,50 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, urlencode
 
+import gevent.socket
 import msgpack  # type: ignore[import-untyped]
 import pytest
-from door import BrokerUnavailable
 from door.environment import ConfigError, Environment
+from door.server import Body
+from door.settings import Access
 from flask.testing import FlaskClient
 from publisher.app import create_app
+from publisher.broker import Message, Unconfirmed
 from publisher.settings import Settings
 
 PROJECT = Path(__file__).parents[3]
 FORM = "application/x-www-form-urlencoded"
 MISSING = {"message": "Payload is missing parameter 'message'."}
 LIMIT = 1000
+BATCH_LIMIT = 100_000
 TEXTS = ["", "pizza", "a\nb\r\n", "\0", "🍕 für 2", "1+1=2 & more%", "\ufffd", " ", "a" * LIMIT]
 
 
 class FakeBroker:
     def __init__(self) -> None:
         self.up = True
-        self.bodies: list[bytes] = []
-        self.ids: list[tuple[str, str]] = []
+        self.certain = 0
+        self.messages: list[Message] = []
 
-    def publish(self, body: bytes, message_id: str, request_id: str) -> None:
+    def publish(self, messages: Sequence[Message]) -> None:
         if not self.up:
-            raise BrokerUnavailable("The broker is not connected.")
-        self.bodies.append(body)
-        self.ids.append((message_id, request_id))
+            raise Unconfirmed("The broker is not connected.", self.certain)
+        self.messages += messages
+
+    @property
+    def bodies(self) -> list[bytes]:
+        return [message.body for message in self.messages]
+
+    @property
+    def last(self) -> Message:
+        return self.messages[-1]
 
 
 class Events(list[dict[str, Any]]):
@@ -61,23 +73,33 @@ def events() -> Events:
 
 @pytest.fixture
 def client(broker: FakeBroker, events: Events) -> FlaskClient:
-    return create_app(Settings(max_message_bytes=LIMIT), broker, events).test_client()
+    settings = Settings(max_message_bytes=LIMIT, max_batch_bytes=BATCH_LIMIT)
+    return create_app(settings, broker, events).test_client()
+
+
+def arrived(body: bytes, waiting: bytes = b"") -> dict[str, Any]:
+    """Return a form as the server passes it on, whose first bytes have arrived with the headers."""
+    stream = BufferedReader(BytesIO(body + waiting))  # type: ignore[arg-type]
+    source = Body(stream, len(body), None, False)
+    environ = {"wsgi.input": source, "CONTENT_LENGTH": str(len(body)), "CONTENT_TYPE": FORM}
+    return {"environ_overrides": environ}
 
 
 def test_the_welcome_says_how_to_post(client: FlaskClient) -> None:
     answer = client.get("/")
     assert answer.status_code == 200
     assert answer.mimetype == "text/plain"
-    assert all(word in answer.text for word in ("/data", "message", "curl"))
+    assert all(word in answer.text for word in ("/data", "message", "curl", "/messages", "/batch"))
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("kind", ["form", "raw form", "multipart", "json"])
+@pytest.mark.parametrize("kind", ["form", "arrived form", "raw form", "multipart", "json"])
 def test_any_text_is_published_unchanged_and_echoed(
     client: FlaskClient, broker: FakeBroker, text: str, kind: str
 ) -> None:
     request: dict[str, Any] = {
         "form": {"data": urlencode({"message": text}), "content_type": FORM},
+        "arrived form": arrived(urlencode({"message": text}).encode()),
         # Bytes beyond ASCII as they are: what curl -d sends.
         "raw form": {
             "data": f"message={quote_plus(text, safe='🍕ü')}".encode(),
@@ -90,6 +112,7 @@ def test_any_text_is_published_unchanged_and_echoed(
     assert (answer.status_code, answer.mimetype) == (201, "application/json")
     assert answer.json == {"Message sent": text}
     assert broker.bodies == [text.encode()]
+    assert broker.last.content_type == "text/plain"
 
 
 def test_the_answer_is_exactly_the_original_s(client: FlaskClient) -> None:
@@ -182,26 +205,158 @@ class Unreadable:
     readline = readinto = readall = read
 
 
-@pytest.mark.parametrize("kind", [FORM, "application/json", "multipart/form-data; boundary=x"])
-def test_a_body_that_is_too_large_is_refused_unread(client: FlaskClient, kind: str) -> None:
-    environ = {"wsgi.input": Unreadable(), "CONTENT_LENGTH": "99999999", "CONTENT_TYPE": kind}
-    assert client.post("/data", environ_overrides=environ).status_code == 413
+PART = b'--x\r\nContent-Disposition: form-data; name="message"\r\n\r\npizza\r\n--x--\r\n'
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "room"),
+    [
+        (FORM, b"message=pizza&", 3 * LIMIT),
+        ("multipart/form-data; boundary=x", PART, LIMIT),
+        ("application/json", b'{"message": "pizza"}', 6 * LIMIT),
+    ],
+)
 def test_a_chunked_body_that_is_too_large_is_refused_not_cut_off(
-    client: FlaskClient, broker: FakeBroker
+    client: FlaskClient, broker: FakeBroker, kind: str, body: bytes, room: int
 ) -> None:
-    limit = client.application.config["MAX_CONTENT_LENGTH"]
-    head, tail = b"junk=", b"&message=pizza"
-    body = head + b"a" * (limit - len(head) - len(tail) + 2) + tail
-    answer = client.post(
-        "/data",
-        data=body,
-        content_type=FORM,
-        environ_overrides={"wsgi.input_terminated": True, "CONTENT_LENGTH": ""},
-    )
-    assert answer.status_code == 413
+    headers = {"Transfer-Encoding": "chunked", "Content-Type": kind}
+    for over, status in (0, 201), (1, 413):
+        stream = BytesIO(body.ljust(room + 64 * 1024 + over))
+        assert client.post("/data", input_stream=stream, headers=headers).status_code == status
+    assert broker.bodies == [b"pizza"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data", FORM),
+        ("/data", "application/json"),
+        ("/data", "multipart/form-data; boundary=x"),
+        ("/messages", "image/png"),
+        ("/batch", "application/x-ndjson"),
+    ],
+)
+def test_every_route_refuses_a_body_that_is_too_large_unread(
+    client: FlaskClient, broker: FakeBroker, path: str, kind: str
+) -> None:
+    environ = {"wsgi.input": Unreadable(), "CONTENT_LENGTH": "99999999", "CONTENT_TYPE": kind}
+    answer = client.post(path, environ_overrides=environ)
+    assert (answer.status_code, list(answer.json or [])) == (413, ["message"])
     assert broker.bodies == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"message=pizza",
+        b"message=",
+        b"x=0&message=1&message=2",
+        b"message=&message=1",
+        b"message=%f0%9f%8d%95+f%C3%BCr+2%00",
+        "message=ä".encode(),
+        b"message",
+        b"massage=back",
+        b"",
+        b"&",
+        b"message=%ff",
+        b"message=\xe4",
+        b"message=%ed%a0%80",
+        b"message=1" + b"&a=1" * 100,
+        b"message=" + b"a" * (LIMIT // 4),
+        b"message=" + b"a" * LIMIT,
+        b"message=" + b"a" * (LIMIT + 1),
+        b"message=" + b"a" * 5000,
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"headers": {"X-Request-Id": "mine"}},
+        {"headers": {"X-Request-Id": "not one"}},
+        {"query_string": "message=no"},
+        {"broker": "down"},
+        {"headers": {"Authorization": "Bearer wrong"}, "access": "Bearer t0ken"},
+        {"headers": {"Authorization": "Bearer t0ken"}, "access": "Bearer t0ken"},
+    ],
+    ids=str,
+)
+def test_a_form_that_has_arrived_is_answered_and_told_as_every_other(
+    body: bytes, options: dict[str, Any]
+) -> None:
+    seen = []
+    for slow in False, True:
+        broker, events, given = FakeBroker(), Events(), dict(options)
+        broker.up = given.pop("broker", "up") == "up"
+        access = Access((given.pop("access"),) if "access" in given else ())
+        app = create_app(Settings(max_message_bytes=LIMIT, access=access), broker, events)
+        form = {"data": body, "content_type": FORM} if slow else arrived(body, b"GET / HTTP/1.1")
+        answer = app.test_client().post("/data", **form, **given)
+        for event in events:
+            assert event.pop("duration_ms") > 0
+            assert event.pop("request_id") == answer.headers["X-Request-Id"]
+            if "message_id" in event:
+                event["message_id"] = uuid.UUID(event["message_id"]).version
+        headers = dict(answer.headers)
+        if len(headers.pop("X-Request-Id")) == 32:
+            headers["X-Request-Id"] = "a new one"
+        sent = [
+            (one.body, one.content_type, uuid.UUID(one.id).version, one.headers["X-Request-Id"])
+            for one in broker.messages
+        ]
+        assert {one[-1] for one in sent} <= {answer.headers["X-Request-Id"]}
+        told = [one[:-1] for one in sent]
+        seen.append((answer.status, headers, answer.data, told, list(events)))
+        if not slow:
+            source = form["environ_overrides"]["wsgi.input"]
+            assert source.unread == (answer.status_code == 401 and body != b"")
+            assert source.rfile.read()[-14:] == b"GET / HTTP/1.1", "the next request is left alone"
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize(
+    ("come", "then", "status"),
+    [
+        (b"", "come", 201),
+        (b"message=piz", "come", 201),
+        (b"", "expect", 201),
+        (b"", "end", 400),
+        (b"message=piz", "end", 400),
+        (b"", "wait", 408),
+        (b"message=piz", "wait", 408),
+    ],
+)
+def test_a_form_that_has_not_arrived_is_waited_for(
+    client: FlaskClient,
+    broker: FakeBroker,
+    events: Events,
+    monkeypatch: pytest.MonkeyPatch,
+    come: bytes,
+    then: str,
+    status: int,
+) -> None:
+    monkeypatch.setattr("door.web.CLIENT_TIMEOUT", 0.05)
+    ours, theirs = gevent.socket.socketpair()
+    with ours, theirs, ours.makefile("rb") as stream:
+        ours.settimeout(0.05)
+        theirs.sendall(b"the headers" + come)
+        stream.read(11)
+        match then:
+            case "come":
+                gevent.spawn_later(0.02, theirs.sendall, b"message=pizza"[len(come) :])
+            case "expect":
+                gevent.spawn(lambda: theirs.recv(99) and theirs.sendall(b"message=pizza"))
+            case "end":
+                theirs.shutdown(socket.SHUT_WR)
+        form = arrived(b"message=pizza")
+        form["environ_overrides"]["wsgi.input"].rfile = stream
+        if then == "expect":
+            form["environ_overrides"]["wsgi.input"].socket = ours
+            form["environ_overrides"]["HTTP_EXPECT"] = "100-continue"
+        assert client.post("/data", **form).status_code == status
+    assert broker.bodies == [b"pizza"] * (status == 201)
+    assert [(event["status"], event.get("event")) for event in events] == [(status, "publish")]
 
 
 def test_no_broker_is_503_and_to_be_tried_again(client: FlaskClient, broker: FakeBroker) -> None:
@@ -212,9 +367,252 @@ def test_no_broker_is_503_and_to_be_tried_again(client: FlaskClient, broker: Fak
 
 
 def test_only_a_post_publishes(client: FlaskClient, broker: FakeBroker) -> None:
-    for method in ("GET", "HEAD", "PUT", "DELETE"):
-        assert client.open("/data", method=method).status_code == 405
+    for path in "/data", "/messages", "/batch":
+        for method in "GET", "HEAD", "PUT", "DELETE":
+            assert client.open(path, method=method).status_code == 405
     assert broker.bodies == []
+
+
+@pytest.mark.parametrize("body", [b"", b"pizza", bytes(range(256)), b"\xff" * LIMIT])
+@pytest.mark.parametrize(
+    "kind", ["image/png", "text/plain; charset=latin-1", "x" * 255, FORM, None]
+)
+def test_any_bytes_are_published_with_their_content_type(
+    client: FlaskClient, broker: FakeBroker, body: bytes, kind: str | None
+) -> None:
+    answer = client.post("/messages", data=body, content_type=kind)
+    assert (answer.status_code, answer.mimetype) == (201, "application/json")
+    (message,) = broker.messages
+    assert (message.body, message.content_type) == (body, kind)
+    assert answer.json == {"id": message.id}
+    assert answer.headers["Message-Id"] == message.id
+    assert uuid.UUID(message.id).version == 7
+
+
+@pytest.mark.parametrize("given", ["a", "order 7/42", "x" * 255])
+def test_a_message_keeps_the_id_that_its_sender_gave_it(
+    client: FlaskClient, broker: FakeBroker, given: str
+) -> None:
+    answer = client.post("/messages", data=b"pizza", headers={"Message-Id": given})
+    assert (answer.json, answer.headers["Message-Id"]) == ({"id": given}, given)
+    assert broker.last.id == given
+
+
+def test_headers_that_begin_with_x_travel_with_the_message_and_no_others(
+    client: FlaskClient, broker: FakeBroker
+) -> None:
+    headers = {
+        "x-table": "7",
+        "X-Gast": "Jürgen".encode().decode("latin-1"),  # as a server passes on UTF-8
+        "X-Bytes": "\xff",
+        "X-Request-Id": "mine",
+        "Authorization": "Basic c2VjcmV0",
+        "Cookie": "secret",
+        "XY": "no",
+    }
+    client.post("/messages", data=b"pizza", headers=headers)
+    assert broker.last.headers == {
+        "X-Table": "7",
+        "X-Gast": "Jürgen",
+        "X-Bytes": "\ufffd",
+        "X-Request-Id": "mine",
+    }
+
+
+def test_the_request_id_that_travels_is_the_one_of_the_answer(
+    client: FlaskClient, broker: FakeBroker
+) -> None:
+    for path, body in ("/messages", b"1"), ("/batch", b'"1"'), ("/data", b"message=1"):
+        answer = client.post(
+            path, data=body, content_type=FORM, headers={"X-Request-Id": "not one"}
+        )
+        assert answer.status_code == 201
+        assert broker.last.headers == {"X-Request-Id": answer.headers["X-Request-Id"]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "word"),
+    [
+        ({"Message-Id": "x" * 256}, 400, "Message-Id"),
+        ({"Message-Id": "ä"}, 400, "Message-Id"),
+        ({"Content-Type": "x" * 256}, 400, "Content-Type"),
+        ({"Content-Type": "ä"}, 400, "Content-Type"),
+        ({"X-" + "x" * 254: "1"}, 400, "name of a header"),
+        ({}, 413, str(LIMIT)),
+        ({"Transfer-Encoding": "chunked"}, 413, str(LIMIT)),
+    ],
+)
+def test_what_amqp_or_the_limit_has_no_room_for_is_refused(
+    client: FlaskClient, broker: FakeBroker, headers: dict[str, str], status: int, word: str
+) -> None:
+    body = b"x" * (LIMIT + (status == 413))
+    stream = {"input_stream": BytesIO(body)} if "Transfer-Encoding" in headers else {"data": body}
+    answer = client.post("/messages", headers=headers, **stream)
+    assert answer.status_code == status
+    assert word in (answer.json or {})["message"]
+    assert broker.messages == []
+
+
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+def test_a_batch_is_published_in_its_order_with_its_ids(
+    client: FlaskClient, broker: FakeBroker, end: bytes
+) -> None:
+    lines = [
+        b'"one"',
+        '"zwölf 🍕"'.encode(),
+        b'""',
+        b'"a\\nb"',
+        b'{"message": "two"}',
+        b' {"id": "mine", "message": "three"} ',
+        b'{"message": "four", "id": null}',
+        b'"one"',
+    ]
+    answer = client.post("/batch", data=b"\n".join(lines) + end)
+    assert (answer.status_code, answer.json) == (201, {"sent": 8})
+    texts = ["one", "zwölf 🍕", "", "a\nb", "two", "three", "four", "one"]
+    assert broker.bodies == [text.encode() for text in texts]
+    assert {message.content_type for message in broker.messages} == {"text/plain"}
+    ids = [message.id for message in broker.messages]
+    assert ids.pop(5) == "mine"
+    assert {uuid.UUID(id_).version for id_ in ids} == {7}
+    assert len(set(ids)) == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"", "not JSON"),
+        (b" ", "not JSON"),
+        (b"one", "not JSON"),
+        (b'"one', "not JSON"),
+        (b'"one" "two"', "not JSON"),
+        (b'"\xe4"', "not JSON in UTF-8"),
+        (b'\xef\xbb\xbf"one"', "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b"1" * 5000, "not JSON"),
+        (b"1", "is no string"),
+        (b"null", "is no string"),
+        (b"NaN", "is no string"),
+        (b'["one"]', "is no string"),
+        (b"{}", "is no string"),
+        (b'{"id": "x"}', "is no string"),
+        (b'{"message": 1}', "is no string"),
+        (b'{"message": null}', "is no string"),
+        (b'{"message": "x", "ID": "x"}', "another name"),
+        (b'{"message": "x", "id": 7}', "no string of 1 to 255"),
+        (b'{"message": "x", "id": ""}', "no string of 1 to 255"),
+        (b'{"message": "x", "id": "%s"}' % (b"x" * 256), "no string of 1 to 255"),
+        ('{"message": "x", "id": "ä"}'.encode(), "not ASCII"),
+        (b'"\\ud800"', "lone surrogate"),
+        (b'"%s"' % (b"x" * (LIMIT + 1)), f"{LIMIT + 1} bytes; at most {LIMIT}"),
+        ('"%s"' % ("ä" * (LIMIT // 2 + 1)), f"{LIMIT + 2} bytes"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_bad_line_is_named_and_nothing_of_its_batch_is_sent(
+    client: FlaskClient, broker: FakeBroker, line: bytes | str, fault: str, before: int
+) -> None:
+    bad = line if isinstance(line, bytes) else line.encode()
+    answer = client.post("/batch", data=b'"good"\n' * before + bad + b'\n"good"\n')
+    assert answer.status_code == 400
+    message = (answer.json or {})["message"]
+    assert message.startswith(f"Line {before + 1} ")
+    assert fault in message
+    assert broker.messages == []
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sent"),
+    [
+        (b"", 400, 0),
+        (b"\n", 400, 0),
+        (b'"x"\n\n', 400, 0),
+        (b'"x"', 201, 1),
+        (b'"%s"\n' % (b"x" * LIMIT), 201, 1),
+        (b'""\n' * 10_000, 201, 10_000),
+        (b'""\n' * 10_000 + b'""', 413, 0),
+        (b'""'.ljust(BATCH_LIMIT), 201, 1),
+        (b'""'.ljust(BATCH_LIMIT + 1), 413, 0),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_batch_has_from_one_line_to_ten_thousand_and_its_bytes(
+    client: FlaskClient, broker: FakeBroker, body: bytes, status: int, sent: int, chunked: bool
+) -> None:
+    if chunked:
+        headers = {"Transfer-Encoding": "chunked"}
+        answer = client.post("/batch", input_stream=BytesIO(body), headers=headers)
+    else:
+        answer = client.post("/batch", data=body)
+    assert answer.status_code == status
+    assert list(answer.json or []) == ["sent" if sent else "message"]
+    assert len(broker.messages) == sent
+
+
+def test_a_failed_batch_tells_how_much_of_it_is_certain(
+    client: FlaskClient, broker: FakeBroker, events: Events
+) -> None:
+    broker.up, broker.certain = False, 2
+    answer = client.post("/batch", data=b'"1"\n"2"\n"3"\n')
+    assert answer.status_code == 503
+    assert answer.json == {"message": "The broker is not connected.", "certain": 2}
+    assert answer.headers["Retry-After"] == "1"
+    (event,) = events
+    assert (event["event"], event["status"], event["level"]) == ("publish", 503, "error")
+    assert (event["messages"], event["certain"]) == (3, 2)
+
+
+def test_a_batch_is_told_with_its_size(client: FlaskClient, events: Events) -> None:
+    client.post("/batch", data=b'"secret"\n' * 3, headers={"X-Request-Id": "mine"})
+    (event,) = events
+    assert event.pop("duration_ms") > 0
+    assert event == {
+        "level": "info",
+        "event": "publish",
+        "request_id": "mine",
+        "messages": 3,
+        "queue": "takeaway",
+        "status": 201,
+    }
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_message_of_any_bytes_is_told_with_its_id(
+    client: FlaskClient, broker: FakeBroker, events: Events, up: bool
+) -> None:
+    broker.up = up
+    answer = client.post("/messages", data=b"secret", headers={"Message-Id": "mine"})
+    assert answer.status_code == (201 if up else 503)
+    (event,) = events
+    assert (event["event"], event["message_id"]) == ("publish", "mine")
+    assert event["status"] == answer.status_code
+
+
+def test_only_who_has_access_publishes(broker: FakeBroker, events: Events) -> None:
+    settings = Settings(access=Access(("Bearer t0ken",)))
+    client = create_app(settings, broker, events).test_client()
+    for path in "/data", "/messages", "/batch":
+        assert client.post(path, json={"message": "pizza"}).status_code == 401
+    assert broker.messages == []
+    good = {"Authorization": "Bearer t0ken"}
+    for path in "/data", "/messages", "/batch":
+        assert client.post(path, json={"message": "pizza"}, headers=good).status_code == 201
+    assert len(broker.messages) == 3
+
+
+def test_the_description_names_every_route(client: FlaskClient) -> None:
+    described = {
+        (path, method)
+        for path, item in (client.get("/openapi.json").json or {})["paths"].items()
+        for method in {"get", "post"} & item.keys()
+    }
+    assert described == {
+        (rule.rule, method.lower())
+        for rule in client.application.url_map.iter_rules()
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+    }
 
 
 LOGIN = {"RABBITMQ_USER": "u", "RABBITMQ_PASSWORD": "p"}
@@ -227,29 +625,37 @@ def test_settings_come_from_the_environment() -> None:
                 **LOGIN,
                 "RABBITMQ_EXCHANGE": "e",
                 "RABBITMQ_ROUTING_KEY": "k",
+                "PORT": "4",
+                "WORKERS": "5",
                 "MAX_MESSAGE_BYTES": "7",
+                "MAX_BATCH_BYTES": "8",
                 "CONFIRM_TIMEOUT": "2",
+                "HTTP_TOKEN": "t",
                 "FLUENTD_HOST": "f",
                 "FLUENTD_PORT": "3",
             }
         )
     )
     assert (read.broker.user, read.exchange, read.routing_key) == ("u", "e", "k")
-    assert (read.max_message_bytes, read.confirm_timeout) == (7, 2)
+    assert (read.port, read.workers, read.access) == (4, 5, Access(("Bearer t",)))
+    assert (read.max_message_bytes, read.max_batch_bytes, read.confirm_timeout) == (7, 8, 2)
     assert (read.events.host, read.events.port) == ("f", 3)
     assert Settings.read(Environment(LOGIN)) == Settings(broker=read.broker)
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MAX_MESSAGE_BYTES", "16777217"), ("CONFIRM_TIMEOUT", "5")]
+    ("name", "value"),
+    [
+        ("MAX_MESSAGE_BYTES", "16777217"),
+        ("MAX_BATCH_BYTES", "67108865"),
+        ("CONFIRM_TIMEOUT", "5"),
+        ("WORKERS", "0"),
+        ("PORT", "65536"),
+    ],
 )
-def test_a_setting_out_of_range_stops_the_start_by_name(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    for variable, text in {**LOGIN, name: value}.items():
-        monkeypatch.setenv(variable, text)
+def test_a_setting_out_of_range_stops_the_start_by_name(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*{value}"):
-        create_app(broker=FakeBroker())
+        Settings.read(Environment({**LOGIN, name: value}))
 
 
 def test_health_and_metrics_are_served(client: FlaskClient, broker: FakeBroker) -> None:
@@ -270,9 +676,9 @@ def test_a_published_message_is_told_with_its_ids_which_travel_with_it(
 ) -> None:
     answer = client.post("/data", data={"message": "secret"}, headers={"X-Request-Id": "mine"})
     assert answer.headers["X-Request-Id"] == "mine"
-    ((message_id, request_id),) = broker.ids
-    assert uuid.UUID(message_id).version == 4
-    assert request_id == "mine"
+    message_id = broker.last.id
+    assert uuid.UUID(message_id).version == 7
+    assert broker.last.headers == {"X-Request-Id": "mine"}
     (event,) = events
     assert event.pop("duration_ms") > 0
     assert event == {
@@ -292,7 +698,7 @@ def test_a_message_that_the_broker_may_not_have_is_told_with_its_id(
     answer = client.post("/data", data={"message": "secret"})
     (event,) = events
     assert event["request_id"] == answer.headers["X-Request-Id"]
-    assert uuid.UUID(event["message_id"]).version == 4
+    assert uuid.UUID(event["message_id"]).version == 7
     assert (event["event"], event["level"], event["status"]) == ("publish", "error", 503)
     assert event["reason"] == "The broker is not connected."
 
@@ -327,37 +733,71 @@ def test_a_refused_request_is_told_with_its_reason_and_nothing_of_its_body(
     assert "message_id" not in event
 
 
-def test_events_made_just_before_the_end_are_sent_by_a_worker(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as collector, socket.socket() as free:
-        collector.settimeout(10)
+def run(**variables: str) -> "subprocess.Popen[str]":
+    """Start the publisher with variables."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "publisher"],
+        env={"PYTHONPATH": os.pathsep.join(["apps/publisher", "apps/door"]), **variables},
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "RABBITMQ_USER must be set"),
+        ({**LOGIN, "WORKERS": "many"}, "WORKERS must be a number, got 'many'"),
+        ({**LOGIN, "HTTP_USER": "waiter"}, "HTTP_PASSWORD must be set"),
+    ],
+)
+def test_a_bad_setting_stops_the_start_with_one_line(variables: dict[str, str], words: str) -> None:
+    with run(**variables) as server:
+        output, errors = server.communicate(timeout=10)
+    assert (server.returncode, output, errors) == (1, "", f"publisher: {words}\n")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        env = {
-            **LOGIN,
-            "RABBITMQ_PORT": "1",
-            "FLUENTD_HOST": "127.0.0.1",
-            "FLUENTD_PORT": str(collector.getsockname()[1]),
-            "GRANIAN_HOST": "127.0.0.1",
-            "GRANIAN_PORT": str(port),
-            # A second one might still be starting at the end, when granian does not hear SIGTERM.
-            "GRANIAN_WORKERS": "1",
-            "GRANIAN_LOG_LEVEL": "error",
-            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
-            "PYTHONPATH": os.pathsep.join(["apps/publisher", "apps/door"]),
-        }
-        command = [sys.executable, "-m", "publisher"]
-        with subprocess.Popen(command, env=env, cwd=PROJECT) as server:
-            try:
-                told = [post(port) for _ in range(40)]
-                server.send_signal(signal.SIGTERM)
-                assert server.wait(10) == 0
-            finally:
-                server.kill()
-        connection, _ = collector.accept()
-        with connection, connection.makefile("rb") as stream:
-            heard = [record["request_id"] for _, _, record in msgpack.Unpacker(stream)]
-    assert heard == told
+        return int(free.getsockname()[1])
+
+
+def test_events_that_still_wait_at_the_end_are_sent_by_every_worker(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers = []
+        for workers in 1, 2:
+            port, collector = free_port(), stack.enter_context(socket.socket())
+            collector.bind(("127.0.0.1", 0))  # refuses connections until it listens
+            collector.settimeout(10)
+            (tmp_path / str(workers)).mkdir()
+            server = run(
+                **LOGIN,
+                RABBITMQ_PORT="1",
+                FLUENTD_HOST="127.0.0.1",
+                FLUENTD_PORT=str(collector.getsockname()[1]),
+                PORT=str(port),
+                WORKERS=str(workers),
+                PROMETHEUS_MULTIPROC_DIR=str(tmp_path / str(workers)),
+            )
+            stack.enter_context(server)
+            stack.callback(server.kill)
+            servers.append((server, collector, [post(port) for _ in range(40)]))
+        # Now the senders' next attempts are further away than the end of their processes.
+        time.sleep(1.6)
+        for server, collector, told in servers:
+            collector.listen()
+            server.terminate()
+            _, errors = server.communicate(timeout=10)
+            assert (server.returncode, "Traceback" in errors) == (0, False), errors
+            heard: list[str] = []
+            while len(heard) < len(told):
+                connection, _ = collector.accept()
+                with connection, connection.makefile("rb") as stream:
+                    heard += [record["request_id"] for _, _, record in msgpack.Unpacker(stream)]
+            assert sorted(heard) == sorted(told)
 
 
 def post(port: int) -> str:

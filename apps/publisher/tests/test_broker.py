@@ -1,73 +1,37 @@
-"""The Broker's promises, against a stub of pika: no network, and every event at will."""
+# mypy: disable-error-code=no-untyped-call
+"""The Broker's promises, with a stub for pika's connection and channel: every event at will."""
 
-import logging
-import queue
-import threading
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import gevent
 import pytest
-from door import BrokerUnavailable
 from door.web import BROKER_UP
-from pika.exceptions import AMQPConnectionError, ChannelClosedByBroker, StreamLostError
+from gevent import Greenlet
+from pika.exceptions import ChannelWrongStateError, StreamLostError
 from pika.frame import Method
-from pika.spec import Basic, BasicProperties, Connection
-from publisher.broker import Broker
+from pika.spec import Basic, BasicProperties
+from pika.spec import Connection as ConnectionMethods
+from publisher.broker import Broker, Message, Unconfirmed
 from publisher.settings import Settings
 
 DEADLINE = 3  # seconds any promise may take
 
 
-def ids(body: bytes) -> tuple[str, str]:
-    """Return body's message id and request id."""
-    return f"message {body!r}", f"request {body!r}"
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    """Poll condition until it holds; fail after DEADLINE seconds."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "the condition never came true"
-        time.sleep(0.005)
-
-
-class StubLoop:
+class Connection:
     def __init__(self) -> None:
-        self.callbacks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.running = True
-        self.wakeups = 0
+        self.cut_because: Exception | None = None
+        self._transport = object()
+        # How many messages left in each piece.
+        self.pieces: list[int] = []
+        self.channel = Channel(self)
 
-    def start(self) -> None:
-        while self.running:
-            self.callbacks.get()()
-
-    def stop(self) -> None:
-        self.running = False
-
-    def add_callback_threadsafe(self, callback: Callable[[], None]) -> None:
-        self.wakeups += 1
-        self.callbacks.put(callback)
-
-    def close(self) -> None:
-        pass
-
-
-class StubConnection:
-    """A connection and its only channel; `do` lets the broker act in the I/O thread."""
-
-    def __init__(self, opened: Any, closed: Any) -> None:
-        self.ioloop = StubLoop()
-        self.connection = self
-        self.is_open = True
-        self._transport = None
-        self.published: list[tuple[str, str, bytes, BasicProperties, bool]] = []
-        self._closed = closed
-        self.ioloop.callbacks.put(lambda: opened(self))
-
-    def channel(self, on_open_callback: Any) -> None:
-        on_open_callback(self)
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        before = len(self.channel.published)
+        yield
+        self.pieces.append(len(self.channel.published) - before)
 
     def add_on_connection_blocked_callback(self, callback: Any) -> None:
         self._blocked = callback
@@ -75,337 +39,458 @@ class StubConnection:
     def add_on_connection_unblocked_callback(self, callback: Any) -> None:
         self._unblocked = callback
 
-    def add_on_close_callback(self, callback: Any) -> None:
-        self._channel_closed = callback
+    def _terminate_stream(self, reason: Exception) -> None:
+        self.cut_because = reason
+
+    def block(self) -> None:
+        self._blocked(self, Method(0, ConnectionMethods.Blocked("low on memory")))
+
+    def unblock(self) -> None:
+        self._unblocked(self, Method(0, ConnectionMethods.Unblocked()))
+
+
+class Channel:
+    """Keeps what Broker sends; the test answers in the broker's place."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.published: list[tuple[str, str, bytes, BasicProperties, bool]] = []
+        self.broken = False
 
     def add_on_return_callback(self, callback: Any) -> None:
         self._returned = callback
 
-    def confirm_delivery(self, ack_nack_callback: Any, callback: Any) -> None:
+    def confirm_delivery(self, ack_nack_callback: Any, callback: Callable[[Any], None]) -> None:
         self._confirmed = ack_nack_callback
-        callback(None)
+        self.confirms_on = callback
 
     def basic_publish(
         self, exchange: str, key: str, body: bytes, properties: BasicProperties, mandatory: bool
     ) -> None:
+        if self.broken:
+            raise ChannelWrongStateError("closed")
         self.published.append((exchange, key, body, properties, mandatory))
-
-    def close(self) -> None:
-        self.is_open = False
-        self._closed(self, AMQPConnectionError("closed by the client"))
 
     @property
     def bodies(self) -> list[bytes]:
         return [message[2] for message in self.published]
 
-    def do(self, action: Callable[[], None]) -> None:
-        self.ioloop.callbacks.put(action)
-
     def ack(self, tag: int, multiple: bool = False) -> None:
-        self.do(lambda: self._confirmed(Method(1, Basic.Ack(tag, multiple))))
+        self._confirmed(Method(1, Basic.Ack(tag, multiple)))
 
-    def nack(self, tag: int) -> None:
-        self.do(lambda: self._confirmed(Method(1, Basic.Nack(tag))))
+    def nack(self, tag: int, multiple: bool = False) -> None:
+        self._confirmed(Method(1, Basic.Nack(tag, multiple)))
 
     def return_(self, tag: int) -> None:
         _, key, body, properties, _ = self.published[tag - 1]
-        method = Basic.Return(312, "NO_ROUTE", "", key)
-        self.do(lambda: self._returned(self, method, properties, body))
-
-    def block(self) -> None:
-        self.do(lambda: self._blocked(self, Method(0, Connection.Blocked("low on memory"))))
-
-    def unblock(self) -> None:
-        self.do(lambda: self._unblocked(self, Method(0, Connection.Unblocked())))
-
-    def close_channel(self) -> None:
-        error = ChannelClosedByBroker(404, "NOT_FOUND - no exchange")
-        self.do(lambda: self._channel_closed(self, error))
-
-    def lose(self) -> None:
-        self.is_open = False
-        self.do(lambda: self._closed(self, StreamLostError("reset by peer")))
+        self._returned(self, Basic.Return(312, "NO_ROUTE", "", key), properties, body)
 
 
-class Stub:
-    """The network: hands out connections, or the troubles put before them."""
+def open_(broker: Broker) -> Any:
+    channel: Any = Connection().channel
+    broker.opened(channel)
+    assert not broker.up, "confirms are not on yet"
+    channel.confirms_on(None)
+    assert broker.up
+    return channel
 
-    def __init__(self) -> None:
-        self.connections: list[StubConnection] = []
-        self.troubles: list[str] = []
-        self.over = False
-        self.parked = threading.Event()
 
-    def connect(
-        self,
-        _parameters: object,
-        on_open_callback: Any,
-        on_open_error_callback: Any,
-        on_close_callback: Any,
-    ) -> StubConnection:
-        if self.over:
-            self.parked.set()
-            threading.Event().wait()  # parks the I/O thread, which nothing may end
-        trouble = self.troubles.pop(0) if self.troubles else None
-        if trouble == "raises":
-            raise OSError("too many open files")
-        opened = on_open_callback
-        if trouble == "refused":
-            error = AMQPConnectionError("refused")
-
-            def opened(connection: StubConnection) -> None:
-                on_open_error_callback(connection, error)
-
-        connection = StubConnection(opened, on_close_callback)
-        if trouble == "bug":
-            connection.do(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-        self.connections.append(connection)
-        return connection
-
-    @property
-    def last(self) -> StubConnection:
-        return self.connections[-1]
+Make = Callable[..., tuple[Broker, Channel]]
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    monkeypatch.setattr("publisher.broker.FIRST_DELAY", 0.02)
-    stub = Stub()
-    yield stub
-    stub.over = True
-    for connection in stub.connections:
-        connection.do(connection.ioloop.stop)
-    # Or its last words would be in the next test's log.
-    assert stub.parked.wait(DEADLINE)
+def make() -> Iterator[Make]:
+    brokers = []
+
+    def make(timeout: float = DEADLINE) -> tuple[Broker, Channel]:
+        broker = Broker(Settings(confirm_timeout=timeout))
+        brokers.append(broker)
+        return broker, open_(broker)
+
+    yield make
+    for broker in brokers:
+        broker.lost("the test is over")
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(20) as pool:
-        yield pool
+def message(body: bytes) -> Message:
+    return Message(body, f"id of {body!r}")
 
 
-def make(stub: Stub, timeout: float = DEADLINE) -> Broker:
-    broker = Broker(Settings(confirm_timeout=timeout), stub.connect)  # type: ignore[arg-type]
-    eventually(lambda: broker.up)
-    return broker
+def send(broker: Broker, *bodies: bytes) -> Greenlet:
+    """Start a request that publishes bodies; on return all is sent or it has failed."""
+    request = gevent.spawn(broker.publish, [message(body) for body in bodies])
+    gevent.idle()
+    return request
 
 
-def send(pool: ThreadPoolExecutor, broker: Broker, connection: StubConnection, body: bytes) -> Any:
-    """Publish body in a thread of its own and return its future once the broker has seen it."""
-    future: Future[None] = pool.submit(broker.publish, body, *ids(body))
-    eventually(lambda: body in connection.bodies or future.done())
-    return future
+def done(*requests: Greenlet) -> bool:
+    """Let requests end well; others raise."""
+    assert [request.get(timeout=DEADLINE) for request in requests] == [None] * len(requests)
+    return True
 
 
-def test_publish_returns_only_after_the_confirm(stub: Stub, pool: ThreadPoolExecutor) -> None:
-    broker = make(stub)
-    future = send(pool, broker, stub.last, b"pizza")
-    assert not future.done()
-    stub.last.ack(1)
-    assert future.result(DEADLINE) is None
-    exchange, key, body, properties, mandatory = stub.last.published[0]
+def fails(request: Greenlet, match: str) -> int:
+    """Let request fail with match, and return how many of its messages are certain."""
+    with pytest.raises(Unconfirmed, match=match) as caught:
+        request.get(timeout=DEADLINE)
+    return caught.value.certain
+
+
+def test_publish_returns_only_after_the_confirm(make: Make) -> None:
+    broker, channel = make()
+    full = Message(b"pizza", "mine", "image/png", {"X-Request-Id": "r", "X-Table": "7"})
+    request = gevent.spawn(broker.publish, [full])
+    gevent.idle()
+    assert not request.ready()
+    channel.ack(1)
+    assert done(request)
+    exchange, key, body, properties, mandatory = channel.published[0]
     assert (exchange, key, body, mandatory) == ("takeaway-in", "takeaway", b"pizza", True)
-    assert (properties.delivery_mode, properties.content_type) == (2, "text/plain")
-    message_id, request_id = ids(b"pizza")
-    assert properties.message_id == message_id
-    assert properties.headers == {"X-Request-Id": request_id}
+    assert (properties.message_id, properties.content_type) == ("mine", "image/png")
+    assert properties.delivery_mode == 2
+    assert properties.headers == {"X-Request-Id": "r", "X-Table": "7"}
 
 
-def test_a_multiple_ack_confirms_all_up_to_it_and_no_more(
-    stub: Stub, pool: ThreadPoolExecutor
-) -> None:
-    broker = make(stub)
-    futures = [send(pool, broker, stub.last, b"%d" % i) for i in range(4)]
-    stub.last.ack(3, multiple=True)
-    assert [future.result(DEADLINE) for future in futures[:3]] == [None] * 3
-    assert not futures[3].done()
-    stub.last.ack(4)
-    assert futures[3].result(DEADLINE) is None
+def test_a_multiple_ack_confirms_all_up_to_it_and_no_more(make: Make) -> None:
+    broker, channel = make()
+    requests = [send(broker, b"%d" % number) for number in range(4)]
+    channel.ack(3, multiple=True)
+    assert done(*requests[:3])
+    assert not requests[3].ready()
+    channel.ack(4)
+    assert done(requests[3])
 
 
-def test_a_nacked_message_fails(stub: Stub, pool: ThreadPoolExecutor) -> None:
-    broker = make(stub)
-    future = send(pool, broker, stub.last, b"pizza")
-    stub.last.nack(1)
-    with pytest.raises(BrokerUnavailable, match="refused"):
-        future.result(DEADLINE)
+def test_a_single_ack_confirms_its_own_message(make: Make) -> None:
+    broker, channel = make()
+    requests = [send(broker, b"%d" % number) for number in range(3)]
+    channel.ack(2)
+    assert done(requests[1])
+    assert not requests[0].ready()
+    channel.ack(3, multiple=True)
+    assert done(*requests)
 
 
+def test_nacked_messages_fail_and_no_other_does(make: Make) -> None:
+    broker, channel = make()
+    requests = [send(broker, b"%d" % number) for number in range(5)]
+    channel.ack(1)
+    channel.nack(3, multiple=True)
+    channel.nack(4)
+    channel.ack(5)
+    for request in requests[1:4]:
+        assert fails(request, "refused the message") == 0
+    assert done(requests[0], requests[4])
+
+
+@pytest.mark.parametrize("multiple", [False, True])
 def test_a_returned_message_fails_though_acked_and_no_other_does(
-    stub: Stub, pool: ThreadPoolExecutor
+    make: Make, multiple: bool
 ) -> None:
-    broker = make(stub)
-    futures = [send(pool, broker, stub.last, b"%d" % i) for i in range(3)]
-    stub.last.return_(2)
-    stub.last.ack(3, multiple=True)
-    with pytest.raises(BrokerUnavailable, match=r"no queue.*312 NO_ROUTE"):
-        futures[1].result(DEADLINE)
-    assert futures[0].result(DEADLINE) is futures[2].result(DEADLINE) is None
+    broker, channel = make()
+    requests = [send(broker, b"%d" % number) for number in range(3)]
+    channel.return_(2)
+    if multiple:
+        channel.ack(3, multiple=True)
+    else:
+        for tag in 3, 2, 1:
+            channel.ack(tag)
+    assert fails(requests[1], r"no queue.*312 NO_ROUTE") == 0
+    assert done(requests[0], requests[2])
 
 
-def test_publish_fails_at_once_while_not_connected(stub: Stub) -> None:
-    stub.troubles = ["refused"] * 9
-    broker = Broker(Settings(), stub.connect)  # type: ignore[arg-type]
-    eventually(lambda: len(stub.connections) > 0)
-    started = time.monotonic()
-    with pytest.raises(BrokerUnavailable, match=r"not connected.*not published"):
-        broker.publish(b"pizza", *ids(b"pizza"))
-    assert time.monotonic() - started < 0.5
-
-
-@pytest.mark.parametrize("event", ["close_channel", "lose"])
-def test_a_lost_channel_or_connection_fails_who_waits_and_is_renewed(
-    stub: Stub, pool: ThreadPoolExecutor, event: str, caplog: pytest.LogCaptureFixture
+def test_of_messages_with_one_id_on_their_way_all_count_as_returned_and_no_later_one(
+    make: Make,
 ) -> None:
-    caplog.set_level(logging.INFO)
-    broker = make(stub)
-    first = stub.last
-    kept = send(pool, broker, first, b"kept")
+    broker, channel = make()
+    requests = [send(broker, b"twin"), send(broker, b"twin")]
+    channel.return_(2)
+    channel.ack(2, multiple=True)
+    for request in requests:
+        fails(request, "no queue")
+    later = send(broker, b"twin")
+    channel.ack(3)
+    assert done(later)
+    assert not broker._returned, "nothing is remembered for ever"
+
+
+def test_a_returned_message_s_second_attempt_does_not_fail_for_the_first(make: Make) -> None:
+    broker, channel = make()
+    slow = send(broker, b"slow")
+    first = send(broker, b"again")
+    channel.return_(2)
+    channel.ack(2)
+    fails(first, "no queue")
+    second = send(broker, b"again")
+    channel.ack(3)
+    assert done(second)
+    channel.ack(1)
+    assert done(slow)
+
+
+def test_publish_fails_at_once_while_not_connected(make: Make) -> None:
+    broker, channel = make()
+    broker.lost("gone")
+    for one in broker, Broker(Settings()):
+        assert not one.up
+        assert fails(send(one, b"pizza"), r"not connected.*not published") == 0
+    assert channel.bodies == []
+
+
+def test_a_lost_connection_fails_who_waits_and_the_next_one_starts_anew(make: Make) -> None:
+    broker, first = make()
+    kept, lost = send(broker, b"kept"), send(broker, b"lost")
     first.ack(1)
-    assert kept.result(DEADLINE) is None
-    future = send(pool, broker, first, b"lost")
-    getattr(first, event)()
-    with pytest.raises(BrokerUnavailable, match="unknown"):
-        future.result(DEADLINE)
-    eventually(lambda: len(stub.connections) == 2 and broker.up)
-    again = send(pool, broker, stub.last, b"pizza")
-    stub.last.ack(1, multiple=True)  # its tags start anew
-    assert again.result(DEADLINE) is None
-    assert (first.bodies, stub.last.bodies) == ([b"kept", b"lost"], [b"pizza"])
-    lines = [record.getMessage() for record in caplog.records]
-    reason = {"close_channel": "404", "lose": "reset by peer"}[event]
-    assert [reason in line for line in lines] == [False, True, False]
+    assert done(kept)
+    broker.lost(StreamLostError("reset by peer"))
+    fails(lost, "lost.*unknown")
+    second = open_(broker)
+    again = send(broker, b"pizza")
+    second.ack(1, multiple=True)  # its tags start anew
+    assert done(again)
+    assert (first.bodies, second.bodies) == ([b"kept", b"lost"], [b"pizza"])
 
 
-def test_a_blocking_broker_fails_who_waits_and_who_comes_until_it_unblocks(
-    stub: Stub, pool: ThreadPoolExecutor
-) -> None:
-    broker = make(stub)
-    waiting = send(pool, broker, stub.last, b"waiting")
-    stub.last.block()
-    with pytest.raises(BrokerUnavailable, match=r"blocks.*unknown"):
-        waiting.result(DEADLINE)
+def test_a_message_that_was_not_sent_before_the_loss_is_sent_by_nobody(make: Make) -> None:
+    broker, first = make()
+    second = []
+
+    def renew() -> None:
+        broker.lost(StreamLostError("reset by peer"))
+        second.append(open_(broker))
+
+    request = gevent.spawn(broker.publish, [message(b"unlucky")])
+    gevent.spawn(renew)  # before the flush, which is due in the same turn of the loop
+    fails(request, "lost.*not published")
+    again = send(broker, b"pizza")
+    second[0].ack(1)
+    assert done(again)
+    assert (first.bodies, second[0].bodies) == ([], [b"pizza"])
+
+
+def test_a_channel_that_cannot_be_written_to_is_given_up(make: Make) -> None:
+    broker, channel = make()
+    channel.broken = True
+    requests = [gevent.spawn(broker.publish, [message(b"pizza")]) for _ in range(3)]
+    for request in requests:
+        fails(request, "lost")
+    assert isinstance(channel.connection.cut_because, ChannelWrongStateError)
+    assert not broker.up
+
+
+def test_a_blocking_broker_fails_who_waits_and_who_comes_until_it_unblocks(make: Make) -> None:
+    broker, channel = make()
+    waiting = send(broker, b"waiting")
+    channel.connection.block()
+    fails(waiting, "blocks.*unknown")
     assert not broker.up
     assert BROKER_UP._value.get() == 0
-    with pytest.raises(BrokerUnavailable, match=r"blocks.*not published"):
-        broker.publish(b"coming", *ids(b"coming"))
-    stub.last.unblock()
-    eventually(lambda: broker.up)
+    fails(send(broker, b"coming"), r"blocks.*not published")
+    channel.connection.unblock()
+    assert broker.up
     assert BROKER_UP._value.get() == 1
-    again = send(pool, broker, stub.last, b"pizza")
-    stub.last.ack(2, multiple=True)  # the late confirm of the first one with it
-    assert again.result(DEADLINE) is None
-    assert stub.last.bodies == [b"waiting", b"pizza"]
-    assert len(stub.connections) == 1
+    again = send(broker, b"pizza")
+    channel.ack(2, multiple=True)  # the late confirm of the first one with it
+    assert done(again)
+    assert channel.bodies == [b"waiting", b"pizza"]
+    assert channel.connection.cut_because is None
+
+
+def test_a_new_connection_is_not_blocked_by_what_the_lost_one_was_told(make: Make) -> None:
+    broker, channel = make()
+    channel.connection.block()
+    broker.lost("gone")
+    channel = open_(broker)
+    request = send(broker, b"pizza")
+    channel.ack(1)
+    assert done(request)
+
+
+def test_an_unblocked_broker_that_is_away_is_not_up(make: Make) -> None:
+    broker, channel = make()
+    channel.connection.block()
+    broker.lost("gone")
+    channel.connection.unblock()
+    assert not broker.up
+    assert BROKER_UP._value.get() == 0
 
 
 def test_a_message_whose_request_gave_up_is_not_sent_later(
-    stub: Stub, pool: ThreadPoolExecutor
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = make(stub, timeout=0.5)
-    first = send(pool, broker, stub.last, b"first")
-    confirm, go_on = threading.Event(), threading.Event()
-
-    def busy() -> None:
-        confirm.wait(DEADLINE)
-        stub.last._confirmed(Method(1, Basic.Ack(1)))  # not silent: the connection stays
-        go_on.wait(DEADLINE)
-
-    wakeups = stub.last.ioloop.wakeups
-    stub.last.do(busy)
-    late = pool.submit(broker.publish, b"late", *ids(b"late"))
-    eventually(lambda: stub.last.ioloop.wakeups > wakeups)
-    confirm.set()
-    assert first.result(DEADLINE) is None
-    with pytest.raises(BrokerUnavailable, match="no confirm"):
-        late.result(DEADLINE)
-    go_on.set()
-    last = send(pool, broker, stub.last, b"last")
-    stub.last.ack(2)
-    assert last.result(DEADLINE) is None
-    assert stub.last.bodies == [b"first", b"last"]
-    assert len(stub.connections) == 1
+    broker, channel = make(timeout=0.05)
+    with monkeypatch.context() as stalled:
+        stalled.setattr(broker, "_flush_soon", lambda: None)
+        late = send(broker, b"late")
+        broker._signs += 1  # as a confirm of another one: not silent
+        fails(late, r"no confirm in 0\.05 s.*not published")
+    last = send(broker, b"last")
+    channel.ack(1)
+    assert done(last)
+    assert channel.bodies == [b"last"]
+    assert channel.connection.cut_because is None
 
 
-def test_a_silent_connection_fails_all_at_the_first_time_out_and_is_renewed(
-    stub: Stub, pool: ThreadPoolExecutor
-) -> None:
-    broker = make(stub, timeout=0.4)
-    silent = stub.last
-    stub.troubles = ["refused"] * 99
-    started = time.monotonic()
-    first = send(pool, broker, silent, b"first")
-    eventually(lambda: time.monotonic() > started + 0.2)
-    second = send(pool, broker, silent, b"second")
-    with pytest.raises(BrokerUnavailable, match=r"no confirm.*unknown"):
-        first.result(DEADLINE)
-    with pytest.raises(BrokerUnavailable, match=r"was lost.*unknown"):
-        second.result(DEADLINE)
-    # Who comes next, from behind busy threads, does not wait for a time-out of his own.
-    with pytest.raises(BrokerUnavailable, match="not connected"):
-        broker.publish(b"next", *ids(b"next"))
-    stub.troubles.clear()
-    eventually(lambda: broker.up)
-    assert stub.last is not silent
-    assert stub.last.bodies == []
+def test_a_silent_connection_fails_all_at_the_first_time_out_and_is_renewed(make: Make) -> None:
+    broker, channel = make(timeout=0.4)
+    first = send(broker, b"first")
+    gevent.sleep(0.1)
+    second = send(broker, b"second")
+    fails(first, r"no confirm.*unknown")
+    fails(second, r"was lost.*unknown")
+    assert "no confirm" in str(channel.connection.cut_because)
+    fails(send(broker, b"next"), "not connected")
 
 
-def test_a_time_out_while_others_are_confirmed_keeps_the_connection(
-    stub: Stub, pool: ThreadPoolExecutor
-) -> None:
-    broker = make(stub, timeout=0.2)
-    slow = send(pool, broker, stub.last, b"slow")
-    fast = send(pool, broker, stub.last, b"fast")
-    stub.last.ack(2)
-    assert fast.result(DEADLINE) is None
-    with pytest.raises(BrokerUnavailable, match=r"no confirm in 0\.2 s"):
-        slow.result(DEADLINE)
+def test_a_time_out_while_others_are_confirmed_keeps_the_connection(make: Make) -> None:
+    broker, channel = make(timeout=0.1)
+    slow, fast = send(broker, b"slow"), send(broker, b"fast")
+    channel.ack(2)
+    assert done(fast)
+    fails(slow, r"no confirm in 0\.1 s")
     assert broker.up
-    assert len(stub.connections) == 1
+    assert channel.connection.cut_because is None
 
 
-@pytest.mark.parametrize("trouble", ["refused", "raises", "bug"])
-def test_the_broker_reconnects_whatever_happens(
-    stub: Stub, pool: ThreadPoolExecutor, trouble: str
+def test_a_confirm_that_nobody_waits_for_does_no_harm(make: Make) -> None:
+    broker, channel = make()
+    channel.ack(7)
+    channel.nack(8, multiple=True)
+    request = send(broker, b"pizza")
+    channel.ack(1)
+    channel.ack(1)
+    assert done(request)
+
+
+def test_the_requests_of_one_turn_leave_in_one_piece_and_in_their_order(make: Make) -> None:
+    broker, channel = make()
+    requests = [gevent.spawn(broker.publish, [message(b"%d" % one)]) for one in range(10)]
+    gevent.idle()
+    assert channel.bodies == [b"%d" % one for one in range(10)]
+    assert channel.connection.pieces == [10]
+    channel.ack(10, multiple=True)
+    assert done(*requests)
+
+
+def test_a_large_batch_leaves_in_order_and_in_pieces_between_which_others_run(make: Make) -> None:
+    broker, channel = make()
+    bodies = [b"%d" % number for number in range(1234)]
+    seen = []
+
+    def watch() -> None:
+        while len(channel.published) < 1234:
+            seen.append(len(channel.published))
+            gevent.sleep(0)
+
+    watcher = gevent.spawn(watch)
+    request, behind = send(broker, *bodies), send(broker, b"behind")
+    watcher.get(timeout=DEADLINE)
+    gevent.idle()
+    assert channel.bodies == [*bodies, b"behind"]
+    assert channel.connection.pieces[:2] == [500, 500]
+    assert {500, 1000} <= set(seen)
+    channel.ack(1233, multiple=True)
+    gevent.idle()
+    assert not request.ready()
+    channel.ack(1235, multiple=True)
+    assert done(request, behind)
+
+
+Do = Callable[[Broker, Channel], None]
+
+
+def lose(broker: Broker, _channel: Channel) -> None:
+    broker.lost(StreamLostError("reset by peer"))
+
+
+def block(_broker: Broker, channel: Channel) -> None:
+    channel.connection.block()
+
+
+def ack(tag: int, multiple: bool = False) -> Do:
+    return lambda _, channel: channel.ack(tag, multiple)
+
+
+def nack(tag: int, multiple: bool = False) -> Do:
+    return lambda _, channel: channel.nack(tag, multiple)
+
+
+def return_(tag: int) -> Do:
+    return lambda _, channel: channel.return_(tag)
+
+
+@pytest.mark.parametrize(
+    ("events", "reason", "certain"),
+    [
+        ([lose], "lost.*unknown", 0),
+        ([ack(1), ack(2), lose], "lost.*unknown", 2),
+        ([ack(2, multiple=True), ack(4), lose], "lost.*unknown", 2),
+        ([ack(5), ack(4), ack(3), ack(2), lose], "lost.*unknown", 0),
+        ([ack(4, multiple=True), lose], "lost.*unknown", 4),
+        ([ack(3), block], "blocks.*unknown", 0),
+        ([ack(1), block], "blocks.*unknown", 1),
+        ([ack(2, multiple=True), nack(3), ack(5, multiple=True)], "refused", 2),
+        ([nack(1), ack(5, multiple=True)], "refused", 0),
+        ([ack(4, multiple=True), nack(5)], "refused", 4),
+        ([ack(1), nack(5, multiple=True)], "refused", 1),
+        ([return_(2), ack(5, multiple=True)], "no queue", 1),
+        ([return_(2), nack(1), ack(5, multiple=True)], "refused", 0),
+        ([ack(1), nack(2), lose], "refused", 1),
+    ],
+)
+def test_a_failed_batch_tells_how_many_of_its_first_messages_are_certain(
+    make: Make, events: list[Do], reason: str, certain: int
 ) -> None:
-    stub.troubles = [trouble, trouble]
-    broker = Broker(Settings(), stub.connect)  # type: ignore[arg-type]
-    eventually(lambda: not stub.troubles and broker.up)
-    future = send(pool, broker, stub.last, b"pizza")
-    stub.last.ack(1)
-    assert future.result(DEADLINE) is None
+    broker, channel = make()
+    request = send(broker, *(b"%d" % number for number in range(5)))
+    for event in events:
+        assert not request.ready()
+        event(broker, channel)
+    assert fails(request, reason) == certain
 
 
-def test_a_wake_up_lost_with_its_connection_does_not_keep_later_messages(
-    stub: Stub, pool: ThreadPoolExecutor
+def test_the_rest_of_a_batch_that_failed_is_not_sent(
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broker = make(stub)
-    first = stub.last
-    hold = threading.Event()
-    first.do(lambda: hold.wait(DEADLINE) and None)
-    first.lose()
-    wakeups = first.ioloop.wakeups
-    future = pool.submit(broker.publish, b"unlucky", *ids(b"unlucky"))
-    eventually(lambda: first.ioloop.wakeups > wakeups)
-    hold.set()
-    with pytest.raises(BrokerUnavailable, match="not published"):
-        future.result(DEADLINE)
-    eventually(lambda: len(stub.connections) == 2 and broker.up)
-    again = send(pool, broker, stub.last, b"pizza")
-    stub.last.ack(1)
-    assert again.result(DEADLINE) is None
-    assert first.bodies == []
+    monkeypatch.setattr("publisher.broker.MAX_FLUSH", 2)
+    broker, channel = make()
+    request = gevent.spawn(broker.publish, [message(b"%d" % number) for number in range(9)])
+    while not channel.published:
+        gevent.sleep(0)
+    channel.ack(2, multiple=True)
+    channel.connection.block()
+    assert fails(request, "blocks") >= 2
+    channel.connection.unblock()
+    sent = len(channel.published)
+    assert sent < 9
+    last = send(broker, b"last")
+    assert channel.bodies[sent:] == [b"last"]
+    channel.ack(sent + 1, multiple=True)
+    assert done(last)
 
 
-def test_many_requests_need_one_wake_up(stub: Stub, pool: ThreadPoolExecutor) -> None:
-    broker = make(stub)
-    hold = threading.Event()
-    stub.last.do(lambda: hold.wait(DEADLINE) and None)
-    futures = [pool.submit(broker.publish, b"%d" % i, *ids(b"%d" % i)) for i in range(10)]
-    eventually(lambda: len(broker._outbox) == 10)
-    hold.set()
-    eventually(lambda: len(stub.last.published) == 10)
-    stub.last.ack(10, multiple=True)
-    assert [future.result(DEADLINE) for future in futures] == [None] * 10
-    assert stub.last.ioloop.wakeups == 1
+def test_a_batch_that_makes_progress_outlives_the_time_out(make: Make) -> None:
+    broker, channel = make(timeout=0.3)
+    request = send(broker, *(b"%d" % number for number in range(5)))
+    for tag in range(1, 6):
+        assert not request.ready()
+        gevent.sleep(0.1)
+        channel.ack(tag)
+    assert done(request)
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_batch_without_progress_fails_by_the_time_out_with_what_is_certain(
+    make: Make, others: bool
+) -> None:
+    broker, channel = make(timeout=0.3)
+    request = send(broker, b"1", b"2", b"3")
+    channel.ack(1)
+    gevent.sleep(0.35)
+    assert not request.ready(), "the first one was confirmed meanwhile"
+    if others:
+        other = send(broker, b"other")
+        channel.ack(4)
+        assert done(other)
+    assert fails(request, "no confirm.*unknown") == 1
+    assert (channel.connection.cut_because is None) == others

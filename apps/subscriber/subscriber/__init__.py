@@ -1,5 +1,1 @@
-"""The subscriber: hands a queue's messages out over HTTP, in order, acknowledged once written."""
-
-from subscriber.app import create_app
-
-__all__ = ["create_app"]
+"""Hands RabbitMQ's messages out over HTTP and takes them off the queue once they are written."""

@@ -1,5 +1,6 @@
 """What the subscriber promises over HTTP, with a fake in the broker's place."""
 
+import json
 import os
 import signal
 import socket
@@ -8,46 +9,79 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import gevent
+import msgpack
 import pytest
 from door import BrokerUnavailable
+from door.server import SOCKET
+from door.settings import Access
 from flask.testing import FlaskClient
 from pika.spec import BasicProperties
-from subscriber import create_app
-from subscriber.app import SOCKET
-from subscriber.broker import Delivery, Settings
-from werkzeug.test import create_environ
+from subscriber.app import MAX_BATCHES, create_app
+from subscriber.delivery import Delivery
+from subscriber.leases import Leases
+from subscriber.settings import Settings
+from werkzeug.test import TestResponse, create_environ
+
+from .conftest import Rabbit
 
 PROJECT = Path(__file__).parents[3]
+GETS = ("/receive", "/dead")
+# A query brings a request to Flask; the usual one without is answered before it.
+PATHS = ("/receive", "/receive?wait=0")
 
 
 class FakeBroker:
     def __init__(self) -> None:
         self.up = True
         self.queue: list[bytes] = []
-        self.properties = BasicProperties()  # type: ignore[no-untyped-call]
+        self.properties = BasicProperties()
+        self.asked: list[tuple[int, float]] = []  # with most messages and seconds
+        self.rooms: list[float] = []
         self.acked: list[bytes] = []
         self.released: list[bytes] = []
-        self.gets = 0
+        self.rejected: list[tuple[bytes, bool]] = []
+        self.settled: set[int] = set()
+        # What comes in a batch's later get().
+        self.error: BaseException | None = None
+        self._tag = 0
 
-    def get(self) -> Delivery | None:
-        self.gets += 1
+    def get(self, want: int = 1, room: float = 1e99, wait: float = 0) -> list[Delivery]:
+        self.asked.append((want, wait))
+        self.rooms.append(room)
         if not self.up:
             raise BrokerUnavailable("away")
-        channel: Any = None
-        if not self.queue:
-            return None
-        return Delivery(self.gets, self.queue.pop(0), self.properties, channel)
+        if self.error and room < 1e99:
+            raise self.error
+        return [self._next() for _ in range(min(want, len(self.queue)))]
 
-    def ack(self, delivery: Delivery) -> None:
-        self.acked.append(delivery.body)
+    def _next(self) -> Delivery:
+        channel: Any = self
+        self._tag += 1
+        return Delivery(self._tag, self.queue.pop(0), self.properties, channel)
 
-    def release(self, delivery: Delivery) -> None:
-        self.released.append(delivery.body)
+    def holds(self, delivery: Delivery) -> bool:
+        return delivery.tag not in self.settled
+
+    def _settle(self, deliveries: Iterable[Delivery]) -> list[bytes]:
+        held = [one for one in deliveries if self.holds(one)]
+        self.settled |= {one.tag for one in held}
+        return [one.body for one in held]
+
+    def ack(self, deliveries: Iterable[Delivery]) -> None:
+        self.acked += self._settle(deliveries)
+
+    def release(self, deliveries: Iterable[Delivery]) -> None:
+        self.released += self._settle(deliveries)
+
+    def reject(self, deliveries: Iterable[Delivery], requeue: bool) -> None:
+        self.rejected += [(body, requeue) for body in self._settle(deliveries)]
 
 
 @pytest.fixture
@@ -67,12 +101,17 @@ def events() -> Events:
 
 
 @pytest.fixture
-def client(broker: Any, events: Events) -> FlaskClient:
-    return create_app(broker, Settings(), events).test_client()
+def settings() -> Settings:
+    return Settings()
 
 
 @pytest.fixture
-def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
+def client(broker: Any, settings: Settings, events: Events) -> FlaskClient:
+    return create_app(broker, settings, events).test_client()
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A client's connection: the server's end and the client's end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         far = socket.create_connection(listener.getsockname())
@@ -81,12 +120,22 @@ def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield near, far
 
 
-def response(broker: Any, near: socket.socket | None = None, events: Events | None = None) -> Any:
+def response(
+    app: Any, path: str = "/receive", near: socket.socket | None = None, **headers: str
+) -> Any:
     """Ask for a message and return the response's body as a WSGI server gets it."""
-    environ = create_environ("/receive", headers={"X-Request-Id": "mine"})
+    environ = create_environ(path, headers={"X-Request-Id": "mine", **headers})
     if near:
         environ[SOCKET] = near
-    return create_app(broker, Settings(), events)(environ, lambda *_: lambda _: None)
+    return app(environ, lambda *_: lambda _: None)
+
+
+@pytest.fixture
+def app(client: FlaskClient) -> Any:
+    return client.application
+
+
+# The next message.
 
 
 def test_the_welcome_names_the_way_to_a_message(client: FlaskClient) -> None:
@@ -96,32 +145,42 @@ def test_the_welcome_names_the_way_to_a_message(client: FlaskClient) -> None:
     assert "/receive" in answer.text
 
 
-def test_receive_answers_the_next_message(client: FlaskClient, broker: FakeBroker) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_receive_answers_the_next_message(
+    client: FlaskClient, broker: FakeBroker, path: str
+) -> None:
     broker.queue = ["Käse ☃".encode(), b"second"]
-    answer = client.get("/receive")
+    answer = client.get(path)
     assert answer.status_code == 200
     assert answer.data == "Käse ☃\n".encode()
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert answer.headers["Content-Length"] == str(len(answer.data))
     assert answer.headers["Cache-Control"] == "no-store"
-    assert client.get("/receive").text == "second\n"
+    assert client.get(path).text == "second\n"
 
 
-def test_receive_passes_bytes_that_are_no_text(client: FlaskClient, broker: FakeBroker) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_receive_passes_bytes_that_are_no_text(
+    client: FlaskClient, broker: FakeBroker, path: str
+) -> None:
     broker.queue = [b"\xff\x00"]
-    assert client.get("/receive").data == b"\xff\x00\n"
+    assert client.get(path).data == b"\xff\x00\n"
 
 
-def test_receive_says_when_there_is_none(client: FlaskClient) -> None:
-    answer = client.get("/receive")
+@pytest.mark.parametrize("path", PATHS)
+def test_receive_says_when_there_is_none(client: FlaskClient, path: str) -> None:
+    answer = client.get(path)
     assert (answer.status_code, answer.text) == (200, "No message available\n")
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-def test_receive_is_503_while_the_broker_is_away(client: FlaskClient, broker: FakeBroker) -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_receive_is_503_while_the_broker_is_away(
+    client: FlaskClient, broker: FakeBroker, path: str
+) -> None:
     broker.up = False
-    answer = client.get("/receive")
+    answer = client.get(path)
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]
     assert answer.json == {"message": "away"}
@@ -132,40 +191,160 @@ def test_receive_is_503_while_the_broker_is_away(client: FlaskClient, broker: Fa
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE"])
 def test_only_get_takes_a_message(client: FlaskClient, broker: FakeBroker, method: str) -> None:
     broker.queue = [b"a"]
-    assert client.open("/receive", method=method).status_code == 405
-    assert broker.gets == 0
+    assert client.open("/receive?ack=manual&max=2", method=method).status_code == 405
+    assert broker.asked == []
 
 
-def test_a_message_is_acknowledged_only_when_more_than_its_body_is_asked_for(
-    broker: FakeBroker,
+def test_who_has_no_access_takes_no_message(broker: Any, events: Events) -> None:
+    broker.queue = [b"a"]
+    access = Access(("Bearer secret",))
+    client = create_app(broker, Settings(access=access), events).test_client()
+    for path in "/receive", "/dead", "/ack", "/reject", "/extend", "/dead/redrive":
+        assert client.open(path, method="GET" if path in GETS else "POST").status_code == 401
+    assert broker.asked == []
+    assert client.get("/receive", headers={"Authorization": "Bearer secret"}).text == "a\n"
+
+
+# How it is asked for.
+
+
+@pytest.mark.parametrize(
+    ("query", "asked"),
+    [
+        ("", [(1, 0)]),
+        ("?wait=0", [(1, 0)]),
+        ("?wait=20", [(1, 20)]),
+        ("?ack=auto", [(1, 0)]),
+        ("?max=1", [(1, 0)]),
+        ("?max=2", [(1, 0), (1, 0)]),
+        ("?max=10000&wait=007", [(1, 7), (9999, 0)]),
+    ],
+)
+def test_a_request_waits_for_the_first_message_and_takes_the_others_that_are_there(
+    client: FlaskClient, broker: FakeBroker, query: str, asked: list[tuple[int, int]]
 ) -> None:
     broker.queue = [b"a"]
-    steps = response(broker)
-    assert next(steps) == b"a\n"
+    assert client.get(f"/receive{query}").status_code == 200
+    assert broker.asked == asked
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *["wait=21", "wait=-1", "wait=1.5", "wait=", "wait=x", "wait=1e1", "wait=%D9%A1"],
+        *["max=0", "max=10001", "max=-1", "max=", "max=1_0", "max=%C2%B2", f"max={'9' * 5000}"],
+        *["ack=", "ack=yes", "ack=Manual"],
+    ],
+)
+def test_an_argument_that_makes_no_sense_takes_no_message(
+    client: FlaskClient, broker: FakeBroker, query: str
+) -> None:
+    broker.queue = [b"a"]
+    answer = client.get(f"/receive?{query}")
+    assert answer.status_code == 400
+    assert answer.json
+    assert answer.json.keys() == {"message"}
+    assert answer.json["message"].startswith(query[: query.index("=")])
+    assert broker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("query", "accept", "kind"),
+    [
+        ("", "*/*", "text/plain"),
+        ("", "text/plain, application/json;q=0.9", "text/plain"),
+        ("", "application/json", "application/json"),
+        ("", "application/json;q=0.9, */*;q=0.8", "application/json"),
+        ("", "application/x-ndjson", "text/plain"),
+        ("?max=1", "*/*", "application/x-ndjson"),
+        ("?max=9", "text/plain", "application/x-ndjson"),
+    ],
+)
+def test_the_form_of_the_answer_follows_accept_and_max(
+    client: FlaskClient, broker: FakeBroker, query: str, accept: str, kind: str
+) -> None:
+    empty = client.get(f"/receive{query}", headers={"Accept": accept})
+    broker.queue = [b"a", b"b"]
+    answer = client.get(f"/receive{query}", headers={"Accept": accept})
+    assert answer.mimetype == kind
+    if kind == "text/plain":
+        assert empty.status_code == 200
+        assert answer.data == b"a\n"
+    else:
+        assert (empty.status_code, empty.data) == (204, b"")
+        assert "Content-Type" not in empty.headers
+        told = [json.loads(line)["body"] for line in answer.text.splitlines()]
+        assert told == (["a", "b"] if query == "?max=9" else ["a"])
+        assert answer.text.endswith("}\n")
+    for one in empty, answer:
+        assert one.headers["Cache-Control"] == "no-store"
+        assert one.headers["X-Request-Id"]
+
+
+def test_a_message_as_json_tells_all_of_it(client: FlaskClient, broker: FakeBroker) -> None:
+    broker.queue = [b"\xff"]
+    broker.properties = properties(message_id="m", content_type="a/b", headers={"X-A": 1})
+    assert client.get("/receive", headers={"Accept": "application/json"}).json == {
+        "id": "m",
+        "body": "/w==",
+        "encoding": "base64",
+        "content_type": "a/b",
+        "headers": {"X-A": 1},
+        "redelivered": False,
+    }
+
+
+@pytest.mark.parametrize(("fits", "bodies"), [(3, ["a", "b"]), (1, ["a"]), (0.5, ["a"])])
+def test_a_batch_has_room_for_its_lines_and_for_one_message_of_any_size(
+    broker: Any, events: Events, fits: float, bodies: list[str]
+) -> None:
+    broker.queue = [b"a", b"b"]
+    size = Delivery(1, b"a", broker.properties, broker).size
+    settings = Settings(max_batch_bytes=int(fits * size))
+    answer = create_app(broker, settings, events).test_client().get("/receive?max=9")
+    assert [json.loads(line)["body"] for line in answer.text.splitlines()] == bodies
+    assert broker.rooms[1:] == ([2 * size] if fits == 3 else [])
+
+
+# What becomes of it.
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9"])
+def test_a_message_is_acknowledged_only_when_more_than_its_body_is_asked_for(
+    app: Any, broker: FakeBroker, path: str
+) -> None:
+    bodies = [b"a", b"b"] if "max" in path else [b"a"]
+    broker.queue = [*bodies]
+    steps = response(app, path)
+    assert next(steps)
     assert broker.acked == []
     assert next(steps, None) is None
     steps.close()
-    assert (broker.acked, broker.released) == ([b"a"], [])
+    assert (broker.acked, broker.released) == (bodies, [])
 
 
+@pytest.mark.parametrize("path", [*PATHS, "/receive?max=2", "/receive?ack=manual"])
 @pytest.mark.parametrize("taken", [0, 1])
-def test_a_message_that_was_not_written_is_released(broker: FakeBroker, taken: int) -> None:
-    broker.queue = [b"a"]
-    steps = response(broker)
+def test_a_message_that_was_not_written_is_released(
+    app: Any, broker: FakeBroker, path: str, taken: int
+) -> None:
+    bodies = [b"a", b"b"] if "max" in path else [b"a"]
+    broker.queue = [*bodies]
+    steps = response(app, path)
     for _ in range(taken):
         next(steps)
     steps.close()
     steps.close()
-    assert (broker.acked, broker.released) == ([], [b"a"])
+    assert (broker.acked, broker.released) == ([], bodies)
 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_client_that_left_before_it_read_leaves_its_message(
-    broker: FakeBroker, wire: tuple[socket.socket, socket.socket], written: bool
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket], written: bool
 ) -> None:
-    near, far = wire
+    near, far = ends
     broker.queue = [b"a"]
-    steps = response(broker, near)
+    steps = response(app, near=near)
     if written:
         near.sendall(next(steps))
     far.close()
@@ -175,12 +354,23 @@ def test_a_client_that_left_before_it_read_leaves_its_message(
     assert (broker.acked, broker.released) == ([], [b"a"])
 
 
-def test_a_client_that_read_everything_and_left_has_its_message(
-    broker: FakeBroker, wire: tuple[socket.socket, socket.socket]
+def test_a_client_that_left_while_it_waited_keeps_no_more_messages_from_others(
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    near, far = wire
+    near, far = ends
+    broker.queue = [b"a", b"b"]
+    far.close()
+    response(app, "/receive?max=9", near).close()
+    assert broker.asked == [(1, 0)]
+    assert broker.released == [b"a"]
+
+
+def test_a_client_that_read_everything_and_left_has_its_message(
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = ends
     broker.queue = [b"a"]
-    steps = response(broker, near)
+    steps = response(app, near=near)
     near.sendall(next(steps))
     assert far.recv(10) == b"a\n"
     far.close()
@@ -189,15 +379,16 @@ def test_a_client_that_read_everything_and_left_has_its_message(
 
 
 def properties(**fields: Any) -> BasicProperties:
-    return BasicProperties(**fields)  # type: ignore[no-untyped-call]
+    return BasicProperties(**fields)
 
 
+@pytest.mark.parametrize("path", PATHS)
 def test_a_message_is_told_once_it_is_acknowledged_and_leads_back_to_its_post(
-    broker: FakeBroker, events: Events
+    app: Any, broker: FakeBroker, events: Events, path: str
 ) -> None:
     broker.queue = [b"secret"]
     broker.properties = properties(message_id="m", headers={"X-Request-Id": "posted"})
-    steps = response(broker, events=events)
+    steps = response(app, path)
     next(steps)
     assert events == []
     assert next(steps, None) is None
@@ -217,11 +408,11 @@ def test_a_message_is_told_once_it_is_acknowledged_and_leads_back_to_its_post(
 
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_message_that_its_client_did_not_take_is_told_with_a_warning(
-    broker: FakeBroker, events: Events, taken: int
+    app: Any, broker: FakeBroker, events: Events, taken: int
 ) -> None:
     broker.queue = [b"secret"]
     broker.properties = properties(message_id="m")
-    steps = response(broker, events=events)
+    steps = response(app)
     for _ in range(taken):
         next(steps)
     assert events == []
@@ -233,12 +424,13 @@ def test_a_message_that_its_client_did_not_take_is_told_with_a_warning(
     assert "secret" not in str(event)
 
 
+@pytest.mark.parametrize("path", PATHS)
 def test_an_answer_without_a_message_is_told_at_once(
-    client: FlaskClient, broker: FakeBroker, events: Events
+    client: FlaskClient, broker: FakeBroker, events: Events, path: str
 ) -> None:
-    empty = client.get("/receive")
+    empty = client.get(path)
     broker.up = False
-    away = client.get("/receive")
+    away = client.get(path)
     ids = [answer.headers["X-Request-Id"] for answer in (empty, away)]
     assert [event["request_id"] for event in events] == ids
     assert [event["event"] for event in events] == ["receive", "receive"]
@@ -279,29 +471,363 @@ def test_only_a_bounded_text_of_another_program_s_message_is_told(
     assert found == told
 
 
-def test_an_event_made_just_before_the_end_is_sent() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as collector, socket.socket() as free:
+def test_many_messages_are_one_event(app: Any, broker: FakeBroker, events: Events) -> None:
+    broker.queue = [b"a", b"b"]
+    broker.properties = properties(message_id="m")
+    list(response(app, "/receive?max=9"))
+    (event,) = events
+    assert (event["event"], event["messages"]) == ("receive", 2)
+    assert "message_id" not in event
+
+
+# Leases.
+
+
+def receipts(answer: TestResponse) -> list[str]:
+    if receipt := answer.headers.get("X-Receipt"):
+        return [receipt]
+    return [json.loads(line)["receipt"] for line in answer.text.splitlines()]
+
+
+@pytest.fixture
+def leased(client: FlaskClient, broker: FakeBroker) -> list[str]:
+    """The receipts of three messages."""
+    broker.queue = [b"a", b"b", b"c"]
+    return receipts(client.get("/receive?ack=manual&max=3"))
+
+
+@pytest.mark.parametrize(
+    ("query", "accept"), [("", "*/*"), ("", "application/json"), ("&max=9", "*/*")]
+)
+def test_a_leased_message_has_a_receipt_and_is_off_the_queue_once_it_was_used(
+    client: FlaskClient, broker: FakeBroker, query: str, accept: str
+) -> None:
+    broker.queue = [b"a"]
+    answer = client.get(f"/receive?ack=manual{query}", headers={"Accept": accept})
+    assert ("X-Receipt" in answer.headers) == (answer.mimetype == "text/plain")
+    (receipt,) = receipts(answer)
+    assert broker.settled == set()
+    ack = client.post("/ack", json={"receipt": receipt})
+    assert (ack.status_code, ack.json) == (200, {"acknowledged": 1})
+    assert broker.acked == [b"a"]
+
+
+def test_a_message_that_is_not_leased_has_no_receipt(
+    client: FlaskClient, broker: FakeBroker
+) -> None:
+    broker.queue = [b"a"] * 2
+    answer = client.get("/receive", headers={"Accept": "application/json"})
+    assert "receipt" not in (answer.json or {})
+    assert "X-Receipt" not in client.get("/receive").headers
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "answer"),
+    [
+        ("/ack", {}, {"acknowledged": 2}),
+        ("/reject", {}, {"rejected": 2}),
+        ("/reject", {"requeue": True}, {"rejected": 2}),
+        ("/reject", {"requeue": False}, {"rejected": 2}),
+        ("/extend", {}, {"extended": 2}),
+    ],
+)
+def test_receipts_acknowledge_reject_and_extend(
+    client: FlaskClient,
+    broker: FakeBroker,
+    leased: list[str],
+    path: str,
+    more: dict[str, bool],
+    answer: dict[str, int],
+) -> None:
+    done = client.post(path, json={"receipts": leased[1:], **more})
+    assert (done.status_code, done.json) == (200, answer)
+    assert broker.acked == ([b"b", b"c"] if path == "/ack" else [])
+    requeue = more.get("requeue", True)
+    assert broker.rejected == ([(b"b", requeue), (b"c", requeue)] if path == "/reject" else [])
+    again = client.post(path, json={"receipts": leased, **more})
+    assert again.status_code == (200 if path == "/extend" else 410)
+
+
+@pytest.mark.parametrize("path", ["/ack", "/reject", "/extend"])
+def test_one_receipt_that_is_gone_is_named_and_nothing_is_done(
+    client: FlaskClient, broker: FakeBroker, leased: list[str], path: str
+) -> None:
+    assert client.post("/ack", json={"receipt": leased[1]}).status_code == 200
+    answer = client.post(path, json={"receipts": [leased[0], leased[1], "\ud800"]})
+    assert answer.status_code == 410
+    told = json.loads(answer.data)
+    assert told.pop("message")
+    assert told == {"gone": [leased[1], "\ud800"]}
+    assert (broker.acked, broker.rejected) == ([b"b"], [])
+    assert client.post("/ack", json={"receipt": leased[0]}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/ack", "/reject", "/extend"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *[b"", b"\xff", b"{", b"[" * 100_000, b"[]", b"1", b'"receipt"', b"{}"],
+        *[b'{"receipt": 1}', b'{"receipt": null}', b'{"receipts": "r"}', b'{"receipts": [1]}'],
+        *[b'{"receipts": null}', b'{"receipts": {"r": 1}}', b'{"receipts": ["r"], "other": 1}'],
+        *[b'{"receipts": ["r"], "requeue": 1}', b'{"receipts": ["r"], "requeue": null}'],
+    ],
+)
+def test_a_body_that_makes_no_sense_does_nothing(
+    client: FlaskClient, broker: FakeBroker, leased: list[str], path: str, body: bytes
+) -> None:
+    answer = client.post(path, data=body.replace(b'"r"', json.dumps(leased[0]).encode()))
+    assert answer.status_code == 400
+    assert answer.json
+    assert answer.json.keys() == {"message"}
+    assert broker.settled == set()
+
+
+def test_no_receipt_is_dropped_in_silence(
+    client: FlaskClient, broker: FakeBroker, leased: list[str]
+) -> None:
+    answer = client.post("/ack", json={"receipt": leased[0], "receipts": leased[1:]})
+    assert answer.status_code == 400
+    assert broker.settled == set()
+
+
+@pytest.mark.parametrize("path", ["/ack", "/extend"])
+def test_only_a_rejection_says_what_becomes_of_the_message(
+    client: FlaskClient, broker: FakeBroker, leased: list[str], path: str
+) -> None:
+    answer = client.post(path, json={"receipts": leased, "requeue": False})
+    assert answer.status_code == 400
+    assert broker.settled == set()
+
+
+def test_a_body_that_is_too_large_does_nothing(client: FlaskClient) -> None:
+    assert client.post("/ack", data=b" " * (1024 * 1024 + 1)).status_code == 413
+
+
+@pytest.mark.parametrize("path", ["/ack", "/reject", "/extend", "/dead/redrive"])
+def test_what_changes_something_is_not_a_get(client: FlaskClient, path: str) -> None:
+    assert client.get(path).status_code == 405
+
+
+@pytest.fixture
+def granted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """All leases there are, as the apps of the test make them."""
+    found: list[Any] = []
+    original = Leases.__init__
+
+    def init(self: Leases, *args: Any) -> None:
+        original(self, *args)
+        found.append(self)
+
+    monkeypatch.setattr(Leases, "__init__", init)
+    return found
+
+
+def test_what_was_not_written_is_leased_to_nobody(
+    granted: list[Leases], app: Any, broker: FakeBroker
+) -> None:
+    broker.queue = [b"a", b"b"]
+    response(app, "/receive?max=9&ack=manual").close()
+    (leases,) = granted
+    assert leases._leases == {}
+
+
+def test_what_could_not_be_told_is_leased_to_nobody(
+    granted: list[Leases], app: Any, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.queue = [b"a"]
+    monkeypatch.setattr(Delivery, "line", lambda *_: 1 / 0)
+    app.test_client().get("/receive?max=9&ack=manual")
+    (leases,) = granted
+    assert broker.released == [b"a"]
+    assert leases._leases == {}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/receive",
+        "/receive?wait=0",
+        "/receive?max=2",
+    ],
+)
+def test_a_message_that_could_not_be_told_goes_to_the_next_client(
+    client: FlaskClient, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    broker.queue = [b"a"]
+    monkeypatch.setattr("subscriber.app.Handover", lambda *_: 1 / 0)
+    assert client.get(path).status_code == 500
+    assert broker.released == [b"a"]
+
+
+# Batches at a time.
+
+
+def written(steps: Any) -> None:
+    assert len(list(steps)) == 1
+    steps.close()
+
+
+def hung_up(steps: Any) -> None:
+    next(steps)
+    steps.close()
+
+
+def unread(steps: Any) -> None:
+    steps.close()
+
+
+@pytest.mark.parametrize("end", [written, hung_up, unread])
+@pytest.mark.parametrize("ack", ["auto", "manual"])
+def test_only_some_batches_are_made_at_a_time(
+    app: Any, broker: FakeBroker, end: Callable[[Any], None], ack: str
+) -> None:
+    broker.queue = [b"a"] * 100
+    path = f"/receive?max=2&ack={ack}"
+    under_way = [response(app, path) for _ in range(MAX_BATCHES)]
+    more = [gevent.spawn(response, app, path) for _ in range(2)]
+    gevent.idle()
+    assert not any(one.ready() for one in more)
+    assert next(response(app)) == b"a\n", "a single message waits for no batch"
+    for steps in under_way:
+        end(steps)
+        steps.close()
+    for one in more:
+        end(one.get(timeout=2))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(BrokerUnavailable("away"), 503), (ZeroDivisionError(), 500)]
+)
+def test_a_batch_that_fails_gives_back_its_place_and_its_messages(
+    app: Any, broker: FakeBroker, error: Exception, status: int
+) -> None:
+    broker.queue = [b"a"] * 100
+    broker.error = error
+    for number in range(2 * MAX_BATCHES):
+        with gevent.Timeout(2):
+            assert app.test_client().get("/receive?max=2").status_code == status
+        assert broker.released == [b"a"] * (number + 1)
+    assert broker.acked == []
+
+
+# The dead queue.
+
+
+class FakeDead:
+    """Stands in for Dead; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+        self.found: list[bytes] = []
+
+    def look(self, most: int, room: int) -> list[Delivery]:
+        assert room == Settings().max_batch_bytes
+        self.asked.append(("look", most))
+        channel: Any = None
+        return [Delivery(1, body, BasicProperties(), channel) for body in self.found]
+
+    def redrive(self, most: int) -> int:
+        self.asked.append(("redrive", most))
+        return len(self.found)
+
+
+@pytest.fixture
+def dead(monkeypatch: pytest.MonkeyPatch) -> FakeDead:
+    dead = FakeDead()
+    monkeypatch.setattr("subscriber.app.Dead", lambda *_: dead)
+    return dead
+
+
+@pytest.mark.parametrize(("query", "most"), [("", 1), ("?max=1", 1), ("?max=10000", 10_000)])
+def test_the_dead_queue_is_shown(dead: FakeDead, app: Any, query: str, most: int) -> None:
+    client = app.test_client()
+    assert client.get(f"/dead{query}").status_code == 204
+    dead.found = [b"a", b"b"]
+    answer = client.get(f"/dead{query}")
+    assert (answer.status_code, answer.mimetype) == (200, "application/x-ndjson")
+    assert [json.loads(line)["body"] for line in answer.text.splitlines()] == ["a", "b"]
+    assert dead.asked == [("look", most)] * 2
+
+
+@pytest.mark.parametrize(("query", "most"), [("", 10_000), ("?max=1", 1), ("?max=10000", 10_000)])
+def test_the_dead_queue_is_redriven(dead: FakeDead, app: Any, query: str, most: int) -> None:
+    dead.found = [b"a", b"b"]
+    answer = app.test_client().post(f"/dead/redrive{query}")
+    assert (answer.status_code, answer.json) == (200, {"redriven": 2})
+    assert dead.asked == [("redrive", most)]
+
+
+@pytest.mark.parametrize("value", ["0", "10001", "", "x"])
+def test_a_bad_number_of_dead_messages_is_refused(dead: FakeDead, app: Any, value: str) -> None:
+    client = app.test_client()
+    answers = client.get(f"/dead?max={value}"), client.post(f"/dead/redrive?max={value}")
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert dead.asked == []
+
+
+def test_the_dead_queue_is_shown_like_a_batch(dead: FakeDead, app: Any, broker: FakeBroker) -> None:
+    broker.queue = [b"a"] * 100
+    under_way = [response(app, "/receive?max=2") for _ in range(MAX_BATCHES)]
+    look = gevent.spawn(app.test_client().get, "/dead")
+    gevent.idle()
+    assert dead.asked == []
+    under_way[0].close()
+    assert look.get(timeout=2).status_code == 204
+
+
+# The process.
+
+
+@contextmanager
+def process(port: int, *, rabbit: int = 1, collector: int | None = None) -> Iterator[Any]:
+    """Run the subscriber on port."""
+    env = {
+        "RABBITMQ_USER": "u",
+        "RABBITMQ_PASSWORD": "p",
+        "RABBITMQ_HOST": "127.0.0.1",
+        "RABBITMQ_PORT": str(rabbit),
+        "PORT": str(port),
+        "PYTHONPATH": os.pathsep.join(["apps/subscriber", "apps/door"]),
+    }
+    if collector:
+        env |= {"FLUENTD_HOST": "127.0.0.1", "FLUENTD_PORT": str(collector)}
+    command = [sys.executable, "-m", "subscriber"]
+    with subprocess.Popen(command, env=env, cwd=PROJECT, stderr=subprocess.PIPE) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        number: int = free.getsockname()[1]
+    return number
+
+
+def fetch(port: int, path: str = "/receive") -> tuple[int, str, str]:
+    """Return status, request id and text of a GET, once the server is up."""
+    end = time.monotonic() + 10
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.headers["X-Request-Id"], answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers["X-Request-Id"], error.read().decode()
+        except urllib.error.URLError:
+            assert time.monotonic() < end, "the server never answered"
+            time.sleep(0.05)
+
+
+def test_an_event_made_just_before_the_end_is_sent(port: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as collector:
         collector.settimeout(10)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        env = {
-            "RABBITMQ_USER": "u",
-            "RABBITMQ_PASSWORD": "p",
-            "RABBITMQ_PORT": "1",
-            "PORT": str(port),
-            "FLUENTD_HOST": "127.0.0.1",
-            "FLUENTD_PORT": str(collector.getsockname()[1]),
-            "PYTHONPATH": os.pathsep.join(["apps/subscriber", "apps/door"]),
-        }
-        command = [sys.executable, "-m", "subscriber"]
-        with subprocess.Popen(command, env=env, cwd=PROJECT, stderr=subprocess.PIPE) as server:
-            try:
-                told = [receive(port) for _ in range(20)]
-                server.send_signal(signal.SIGTERM)
-                assert server.wait(10) == 0
-            finally:
-                server.kill()
+        with process(port, collector=collector.getsockname()[1]) as server:
+            told = [fetch(port)[1] for _ in range(20)]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(10) == 0
         connection, _ = collector.accept()
         with connection, connection.makefile("rb") as stream:
             packets = list(msgpack.Unpacker(stream))
@@ -309,15 +835,31 @@ def test_an_event_made_just_before_the_end_is_sent() -> None:
     assert {tag for tag, _, _ in packets} == {"subscriber"}
 
 
-def receive(port: int) -> str:
-    """Return the request id of a GET that the absent broker fails, once the server is up."""
-    end = time.monotonic() + 10
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/receive", timeout=5)
-        except urllib.error.HTTPError as error:
-            with error:
-                return str(error.headers["X-Request-Id"])
-        except urllib.error.URLError:
-            assert time.monotonic() < end, "the server never answered"
+def test_at_the_end_a_long_poll_is_answered_and_acknowledgements_arrive(
+    port: int, rabbit: Rabbit, rabbit_port: int
+) -> None:
+    rabbit.publish(b"a", b"b")
+    with process(port, rabbit=rabbit_port) as server, ThreadPoolExecutor() as pool:
+        end = time.monotonic() + 10
+        while fetch(port, "/healthz?ready")[0] != 200:
+            assert time.monotonic() < end
             time.sleep(0.05)
+        assert fetch(port)[2] == "a\n"
+        assert fetch(port)[2] == "b\n"
+        poll = pool.submit(fetch, port, "/receive?wait=20")
+        while not rabbit.empties:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        begin = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        assert poll.result(2)[2] == "No message available\n"
+        assert server.wait(10) == 0
+        assert time.monotonic() - begin < 4
+    assert rabbit.acked == [b"a", b"b"]
+    assert rabbit.bodies() == []
+
+
+def test_a_setting_that_cannot_be_used_stops_the_start_by_name(port: int) -> None:
+    with process(port, rabbit=0) as server:
+        assert server.wait(10) == 1
+        assert b"RABBITMQ_PORT must be from 1 to 65535, got 0" in server.stderr.read()

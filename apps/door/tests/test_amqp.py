@@ -1,0 +1,389 @@
+# mypy: disable-error-code=no-untyped-call
+"""What the connection to the broker promises; real pika against a small broker that obeys."""
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
+from socket import SHUT_RDWR
+from typing import Any
+
+import gevent
+import pika.adapters.base_connection
+import pika.connection
+import pytest
+from door.amqp import JoinedConnection, Link
+from door.settings import BrokerSettings
+from door.web import BROKER_UP
+from gevent.server import StreamServer
+from pika.adapters.gevent_connection import GeventConnection
+from pika.channel import Channel
+from pika.exceptions import ChannelClosedByBroker, StreamLostError
+from pika.frame import Method, decode_frame
+from pika.spec import Channel as ChannelMethods
+from pika.spec import Connection as ConnectionMethods
+
+DEADLINE = 3  # seconds any promise may take
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Let greenlets run until condition holds; fail after DEADLINE seconds."""
+    with gevent.Timeout(DEADLINE):
+        while not condition():
+            gevent.sleep(0.005)
+
+
+class SmallBroker:
+    """Opens connections and channels; what else it is told it keeps."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.methods: list[object] = []
+        self._clients: list[Any] = []
+        self._replies = {
+            ConnectionMethods.StartOk: ConnectionMethods.Tune(9, 131072, 0),
+            ConnectionMethods.Open: ConnectionMethods.OpenOk(),
+            ConnectionMethods.Close: ConnectionMethods.CloseOk(),
+            ChannelMethods.Open: ChannelMethods.OpenOk(),
+            ChannelMethods.Close: ChannelMethods.CloseOk(),
+        }
+
+    def begin(self) -> None:
+        self._server = StreamServer(("127.0.0.1", self.port), self._serve)
+        self._server.start()
+        self.port = self._server.server_port
+
+    def end(self) -> None:
+        """Accept nobody and cut everybody."""
+        self._server.stop(timeout=0)
+        self.cut()
+
+    def cut(self) -> None:
+        while self._clients:
+            with suppress(OSError):  # it ended by itself
+                self._clients.pop().shutdown(SHUT_RDWR)
+
+    def send(self, channel: int, method: Any) -> None:
+        for client in self._clients:
+            client.sendall(Method(channel, method).marshal())
+
+    def told(self, kind: type) -> int:
+        """Return how many methods of kind it was told."""
+        return sum(isinstance(method, kind) for method in self.methods)
+
+    def _serve(self, client: Any, _address: object) -> None:
+        self._clients.append(client)
+        data = b""
+        while received := client.recv(65536):
+            data += received
+            while (decoded := decode_frame(data))[1] is not None:
+                size, frame = decoded
+                data = data[size:]
+                method = getattr(frame, "method", None)
+                self.methods.append(method)
+                reply = self._replies.get(type(method))
+                if method is None:  # the protocol's header
+                    reply = ConnectionMethods.Start(0, 9, {}, b"PLAIN", b"en_US")
+                if reply:
+                    client.sendall(Method(getattr(frame, "channel_number", 0), reply).marshal())
+
+
+class WatchedLink(Link):
+    """Notes what it is told, and may have a bug."""
+
+    bugs = 0
+
+    def __init__(self, port: int) -> None:
+        super().__init__(BrokerSettings(host="127.0.0.1", port=port), "waiter")
+        self.reasons: list[object] = []
+
+    def opened(self, channel: Channel) -> None:
+        if self.bugs:
+            self.bugs -= 1
+            raise ZeroDivisionError("a bug")
+        super().opened(channel)
+
+    def lost(self, reason: object) -> None:
+        super().lost(reason)
+        self.reasons.append(reason)
+
+
+@pytest.fixture
+def broker() -> Iterator[SmallBroker]:
+    broker = SmallBroker()
+    broker.begin()
+    yield broker
+    broker.end()
+
+
+@pytest.fixture
+def link(broker: SmallBroker, monkeypatch: pytest.MonkeyPatch) -> Iterator[WatchedLink]:
+    monkeypatch.setattr("door.amqp.FIRST_RETRY", 0.01)
+    monkeypatch.setattr("door.amqp.LAST_RETRY", 0.02)
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
+    link = WatchedLink(broker.port)
+    link.start()
+    yield link
+    link.stop()
+    assert link._keeper is not None
+    assert link._keeper.ready()
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return what pika's own connection is given to send from now on."""
+    sent: list[bytes] = []
+    emit = GeventConnection._adapter_emit_data
+
+    def keep_and_emit(self: GeventConnection, data: bytes) -> None:
+        sent.append(data)
+        emit(self, data)
+
+    monkeypatch.setattr(GeventConnection, "_adapter_emit_data", keep_and_emit)
+    return sent
+
+
+@pytest.fixture
+def channel(link: WatchedLink, sent: list[bytes]) -> Channel:
+    eventually(lambda: link.up)
+    sent.clear()
+    assert link.channel is not None
+    return link.channel
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "door.amqp"]
+
+
+def test_what_is_sent_outside_of_a_block_leaves_at_once(
+    channel: Channel, sent: list[bytes]
+) -> None:
+    for count in 3, 6:  # method, header and body: pika gives each to the system alone
+        channel.basic_publish("e", "k", b"pizza")
+        assert len(sent) == count
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_block_sends_leaves_in_one_piece_at_its_end(
+    channel: Channel, sent: list[bytes], fails: bool
+) -> None:
+    for body in b"one", b"two":
+        channel.basic_publish("e", "k", body)
+    alone = b"".join(sent)
+    sent.clear()
+    error = ZeroDivisionError("in the block")
+    try:
+        with channel.connection.joined():
+            for body in b"one", b"two":
+                channel.basic_publish("e", "k", body)
+            assert sent == []
+            if fails:
+                raise error
+    except ZeroDivisionError as caught:
+        assert caught is error  # noqa: PT017 - whether it raises is the parameter
+    assert sent == [alone]
+    channel.basic_publish("e", "k", b"three")
+    assert len(sent) == 4
+
+
+def test_a_block_that_sends_nothing_sends_nothing(channel: Channel, sent: list[bytes]) -> None:
+    with channel.connection.joined():
+        pass
+    assert sent == []
+
+
+def test_pika_is_the_one_that_joined_connection_was_written_for() -> None:
+    """After an update read how pika's Connection sends, then change this and JoinedConnection."""
+    assert version("pika") == "1.4.4"
+    core = inspect.getsource(pika.connection)
+    assert core.count("_adapter_emit_data(") == 2, "one abstract definition, one call"
+    assert "self._adapter_emit_data(" in inspect.getsource(
+        pika.connection.Connection._output_marshaled_frames
+    )
+    adapter = inspect.getsource(pika.adapters.base_connection)
+    assert adapter.count("_transport.write(") == 1
+    assert JoinedConnection._adapter_emit_data is not GeventConnection._adapter_emit_data
+
+
+def test_a_link_connects_under_its_name_and_tells_that_it_is_up(
+    link: WatchedLink, broker: SmallBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert not link.up
+    assert BROKER_UP._value.get() == 0
+    eventually(lambda: link.up)
+    assert BROKER_UP._value.get() == 1
+    (start,) = [one for one in broker.methods if isinstance(one, ConnectionMethods.StartOk)]
+    assert start.client_properties["connection_name"] == "waiter"
+    assert lines(caplog) == [f"Connected to the broker at 127.0.0.1:{broker.port}"]
+
+
+def test_a_lost_connection_is_told_once_and_renewed(
+    link: WatchedLink, broker: SmallBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for number in 1, 2:
+        eventually(lambda: link.up)
+        broker.cut()
+        eventually(lambda: not link.up)
+        assert isinstance(link.reasons[-1], StreamLostError)
+        assert BROKER_UP._value.get() == 0
+        assert len(lines(caplog)) == 2 * number
+    eventually(lambda: link.up)
+    assert [line.split()[0] for line in lines(caplog)] == ["Connected", "No"] * 2 + ["Connected"]
+
+
+def test_a_missing_broker_is_asked_again_without_a_line_or_an_open_file_for_each_time(
+    link: WatchedLink, broker: SmallBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    eventually(lambda: link.up)
+    broker.end()
+    eventually(lambda: len(link.reasons) > 3)
+    files = len(os.listdir("/proc/self/fd"))
+    eventually(lambda: len(link.reasons) > 13)
+    assert len(os.listdir("/proc/self/fd")) <= files + 1  # that of an attempt
+    told = lines(caplog)
+    assert [("refused" in line.lower()) for line in told] == [False, True]
+    broker.begin()
+    eventually(lambda: link.up)
+
+
+def test_a_channel_that_the_broker_closes_is_renewed_with_its_connection(
+    link: WatchedLink, channel: Channel, broker: SmallBroker
+) -> None:
+    broker.send(1, ChannelMethods.Close(404, "NOT_FOUND - no queue", 0, 0))
+    eventually(lambda: not link.up)
+    assert isinstance(link.reasons[0], ChannelClosedByBroker)
+    eventually(lambda: link.up)
+    assert link.channel is not channel
+    assert broker.told(ConnectionMethods.StartOk) == 2
+
+
+def test_a_dropped_connection_is_cut_without_a_word_and_renewed(
+    link: WatchedLink, channel: Channel, broker: SmallBroker
+) -> None:
+    reason = TimeoutError("silence")
+    link.drop(reason)
+    assert not link.up
+    assert link.reasons == [reason]
+    eventually(lambda: link.up)
+    assert link.channel is not channel
+    assert broker.told(ConnectionMethods.Close) == 0
+    assert broker.told(ConnectionMethods.StartOk) == 2
+
+
+def test_a_connection_may_be_dropped_while_it_ends_by_itself(
+    link: WatchedLink, channel: Channel, broker: SmallBroker
+) -> None:
+    dropped = []
+
+    def drop(*_: object) -> None:
+        link.drop(TimeoutError("silence"))
+        dropped.append(link.up)
+
+    channel.connection.add_on_close_callback(drop)
+    broker.cut()
+    eventually(lambda: bool(dropped))
+    assert dropped == [False]
+    eventually(lambda: link.up)
+    assert broker.told(ConnectionMethods.StartOk) == 2
+
+
+def test_a_bug_in_what_uses_the_channel_is_followed_by_another_attempt(
+    link: WatchedLink, broker: SmallBroker
+) -> None:
+    link.bugs = 2
+    eventually(lambda: link.up)
+    assert broker.told(ConnectionMethods.StartOk) == 3
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_stopped_link_says_good_bye_and_connects_no_more(
+    link: WatchedLink, broker: SmallBroker, away: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    eventually(lambda: link.up)
+    if away:
+        broker.end()
+        eventually(lambda: len(link.reasons) > 2)
+        broker.begin()
+    told = len(lines(caplog))
+    link.stop()
+    assert broker.told(ConnectionMethods.Close) == int(not away)
+    connected = broker.told(ConnectionMethods.StartOk)
+    gevent.sleep(0.1)  # many retries
+    assert broker.told(ConnectionMethods.StartOk) == connected
+    assert not link.up
+    assert len(lines(caplog)) == told
+
+
+class ScriptedLink(Link):
+    """Ends each attempt as the script says, and notes its pauses; strings are events between."""
+
+    def __init__(self, script: list[Exception | str], monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(BrokerSettings(), "waiter")
+        self.pauses: list[float] = []
+        self._script = script
+        monkeypatch.setattr("door.amqp.gevent.sleep", self.pauses.append)
+
+    def _hold_connection(self) -> Exception:
+        match self._script.pop(0):
+            case "alive":
+                self.alive()
+                return self._hold_connection()
+            case "ready":
+                self.ready(None)  # type: ignore[arg-type]
+                return self._hold_connection()
+            case RuntimeError() as bug:
+                raise bug
+            case Exception() as reason:
+                self._stopping = not self._script
+                return reason
+        raise AssertionError
+
+
+AWAY, FORBIDDEN, BUG, END = OSError("away"), OSError("no"), RuntimeError("bug"), OSError("end")
+
+
+@pytest.mark.parametrize(
+    ("script", "pauses"),
+    [
+        ([AWAY] * 6, [0.2, 0.4, 0.8, 1.6, 2, 2]),
+        ([AWAY, AWAY, "ready", AWAY], [0.2, 0.4, 0.8]),  # as with a queue that is missing
+        ([AWAY, AWAY, "alive", AWAY, AWAY], [0.2, 0.4, 0.2, 0.4]),
+        ([BUG, BUG, AWAY], [0.2, 0.4, 0.8]),
+    ],
+)
+def test_pauses_between_attempts_double_until_the_broker_does_what_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, script: list[Exception | str], pauses: list[float]
+) -> None:
+    link = ScriptedLink([*script, END], monkeypatch)
+    link.start()
+    assert link._keeper is not None
+    link._keeper.get(timeout=DEADLINE)
+    assert link.pauses[:-1] == pytest.approx(pauses)
+
+
+def test_each_new_reason_has_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script: list[Exception | str] = [
+        AWAY,
+        AWAY,
+        FORBIDDEN,
+        FORBIDDEN,
+        BUG,
+        BUG,
+        AWAY,
+        "ready",
+        AWAY,
+        AWAY,
+        END,
+    ]
+    link = ScriptedLink(script, monkeypatch)
+    link.start()
+    assert link._keeper is not None
+    link._keeper.get(timeout=DEADLINE)
+    reasons = [line.rpartition(": ")[2] for line in lines(caplog)]
+    assert reasons == [repr(reason) for reason in (AWAY, FORBIDDEN, BUG, AWAY, AWAY)]

@@ -1,0 +1,587 @@
+"""What the server of a door promises to its clients and to its supervisor, over real sockets."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from http.client import HTTPMessage, parse_headers
+from io import BufferedReader, BytesIO
+from itertools import pairwise
+from select import select
+from typing import Any, BinaryIO
+
+import gevent
+import pytest
+from door.server import Body, Handler
+from door.web import _chunks
+
+DEADLINE = 5  # seconds any promise may take
+
+# Arguments: port, workers, a folder, and the server's constants to be changed.
+SCRIPT = """
+import os, sys
+from door import server
+for name, value in (pair.split("=") for pair in sys.argv[4:]):
+    setattr(server, name, float(value))
+import gevent
+from door.settings import Access
+from door.web import equip, read_body
+from flask import Flask, request
+
+def tell(word):
+    os.write(1, f"{word}\\n".encode())
+
+class Connection:
+    up = True
+    def __getattr__(self, name):
+        return lambda: tell(name)
+
+def make():
+    app = Flask("door", root_path=sys.argv[3])
+    equip(app, Connection(), None, Access())
+
+    @app.route("/", methods=["GET", "POST"])
+    def echo():
+        body = read_body(10_000_000).decode() if request.method == "POST" else ""
+        if seconds := request.args.get("sleep", 0.0, float):
+            gevent.sleep(seconds)
+        if request.method == "POST":
+            tell("answered")
+        return {"body": body, "pid": os.getpid()}
+
+    @app.post("/unread")
+    def unread():
+        return {"body": None}
+
+    @app.get("/large")
+    def large():
+        return "x" * 20_000_000
+
+    return app, Connection()
+
+server.serve("door", make, int(sys.argv[1]), int(sys.argv[2]))
+"""
+
+Answer = tuple[int, HTTPMessage, bytes]
+
+
+def eventually(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    """Poll condition until it holds; fail after seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.01)
+
+
+class Client:
+    """One connection; answers are read one after the other."""
+
+    def __init__(self, port: int, data: bytes = b"", seconds: float = DEADLINE) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=seconds)
+        self.stream: BinaryIO = self.socket.makefile("rb")
+        self.socket.sendall(data)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.close()
+        self.socket.close()
+
+    def answer(self) -> Answer:
+        """Read one answer: status, headers and body."""
+        status = int(self.stream.readline().split()[1])
+        headers = parse_headers(self.stream)
+        return status, headers, self.stream.read(int(headers["Content-Length"] or 0))
+
+    def ended(self) -> bool:
+        """Wait for the end; False when something else comes, an error when nothing does."""
+        return self.stream.read(1) == b""
+
+    def trickle(self, data: bytes) -> None:
+        """Send data in single bytes until the server answers."""
+        self.socket.settimeout(0.05)
+        for byte in data:
+            self.socket.sendall(bytes([byte]))
+            try:
+                if self.socket.recv(1, socket.MSG_PEEK):
+                    break
+            except TimeoutError:
+                continue
+        self.socket.settimeout(DEADLINE)
+
+
+class Door:
+    """A server in a process of its own."""
+
+    def __init__(self, root: str, workers: int, settings: dict[str, float]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port: int = free.getsockname()[1]
+        arguments = [str(self.port), str(workers), root]
+        arguments += [f"{name}={value}" for name, value in settings.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            process_group=0,
+            text=True,
+        )
+        eventually(self._listens, 20)
+
+    def _listens(self) -> bool:
+        assert self.process.poll() is None, "the server ended"
+        try:
+            return self.ask("/healthz")[0] == 200
+        except OSError:
+            return False
+
+    def client(self, data: bytes = b"", seconds: float = DEADLINE) -> Client:
+        return Client(self.port, data, seconds)
+
+    def running(self, seconds: float) -> Client:
+        """Return the client of a request that the application is answering for seconds."""
+        client = self.client(
+            f"POST /?sleep={seconds} HTTP/1.1\r\nContent-Length: 1\r\n".encode()
+            + b"Expect: 100-continue\r\n\r\n"
+        )
+        assert client.answer()[0] == 100
+        client.socket.sendall(b"x")
+        return client
+
+    def ask(self, target: str, seconds: float = DEADLINE) -> tuple[int, dict[str, Any]]:
+        with self.client(f"GET {target} HTTP/1.1\r\n\r\n".encode(), seconds) as client:
+            status, _, body = client.answer()
+            return status, json.loads(body)
+
+    def pids(self) -> set[int]:
+        """Return who answers ten requests at a time."""
+        with ThreadPoolExecutor(10) as pool:
+            answers = list(pool.map(self.ask, ["/?sleep=0.05"] * 10))
+        assert {status for status, _ in answers} == {200}
+        return {body["pid"] for _, body in answers}
+
+    def all_pids(self, count: int) -> set[int]:
+        """Wait until count processes have answered, and return which."""
+        pids: set[int] = set()
+
+        def complete() -> bool:
+            pids.update(self.pids())
+            return len(pids) == count
+
+        eventually(complete)
+        return pids
+
+    def wait(self) -> list[str]:
+        """Wait for the end, which must be a good one, and return what was printed."""
+        output, _ = self.process.communicate(timeout=DEADLINE)
+        assert self.process.returncode == 0
+        return output.split()
+
+    def kill(self) -> None:
+        with self.process:
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("root")
+    (path / "openapi.json").write_text("{}")
+    return str(path)
+
+
+Start = Callable[..., Door]
+
+
+@pytest.fixture
+def start(root: str) -> Iterator[Start]:
+    """Start a server for one test: start(workers, CONSTANT=value)."""
+    with ExitStack() as doors:
+
+        def begin(workers: int = 1, **settings: float) -> Door:
+            door = Door(root, workers, settings)
+            doors.callback(door.kill)
+            return door
+
+        yield begin
+
+
+@pytest.fixture(scope="module")
+def door(root: str) -> Iterator[Door]:
+    """Return a server with its own constants, for the tests that leave it as it is."""
+    door = Door(root, 1, {})
+    yield door
+    door.kill()
+
+
+@pytest.fixture(scope="module")
+def hasty(root: str) -> Iterator[Door]:
+    """Return a server with little patience."""
+    door = Door(root, 1, {"CLIENT_TIMEOUT": 0.5})
+    yield door
+    door.kill()
+
+
+LINE = b"POST / HTTP/1.1\r\n"
+CHUNKED = b"Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (LINE + b"X: " + b"x" * 1_000_000 + b"\r\n\r\n", 431),
+        (LINE + b"".join(b"X-%d: %s\r\n" % (n, b"x" * 600) for n in range(60)) + b"\r\n", 431),
+        (LINE + b"X: x\r\n" * 101 + b"\r\n", 431),
+        (LINE + b"no colon\r\n\r\n", 400),
+        (LINE + b"X: x\r\n folded\r\n\r\n", 400),
+        (LINE + b"X : x\r\n\r\n", 400),
+        (LINE + b": x\r\n\r\n", 400),
+        (LINE + b"X: x\0x\r\n\r\n", 400),
+        (LINE + b"X: x\rX: x\r\n\r\n", 400),
+        (LINE + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
+        (LINE + b"Content-Length: 1\r\ncontent-length: 2\r\n\r\nx", 400),
+        (LINE + b"Authorization: Basic a\r\nAuthorization: Basic b\r\n\r\n", 400),
+        (LINE + b"Host: a\r\nHost: b\r\n\r\n", 400),
+        (LINE + CHUNKED + b"\r\nContent-Length: 1\r\n\r\n0\r\n\r\n", 400),
+        (LINE + CHUNKED + b"\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n", 400),
+        *[
+            (LINE + b"Content-Length: " + length + b"\r\n\r\nxxxxx", 400)
+            for length in (b"+5", b"-5", b"5, 5", b"0x5", b"5_0", b"5.0", b"", b"\xb2", b"9" * 5000)
+        ],
+        *[
+            (LINE + b"Transfer-Encoding: " + encoding + b"\r\n\r\n", 501)
+            for encoding in (b"gzip", b"gzip, chunked", b"chunked, chunked", b"identity", b"")
+        ],
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"x" * 100_000, 414),
+        (b"GET /\r\n\r\n", 400),
+        (b"GET\r\n\r\n", 400),
+        (b"GET / x HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 400),
+        (b"GET / HTTP/x\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),  # TLS
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_a_refused_client_can_read_why_while_it_is_still_sending(
+    door: Door, request_: bytes, status: int
+) -> None:
+    with door.client(request_ + b"x" * 500_000) as client:
+        told, headers, body = client.answer()
+        assert (told, headers["Content-Type"]) == (status, "application/json")
+        assert headers["Connection"] == "close"
+        assert headers["X-Request-Id"]
+        assert list(json.loads(body)) == ["message"]
+        assert client.ended()
+
+
+def test_headers_up_to_the_limits_are_taken(door: Door) -> None:
+    many = b"".join(b"X-%d: x\r\n" % number for number in range(100))
+    for headers in many, b"X: " + b"x" * 32_000 + b"\r\n":
+        with door.client(LINE + headers + b"\r\n") as client:
+            assert client.answer()[0] == 200
+
+
+def test_pipelined_requests_are_answered_in_order(door: Door) -> None:
+    one = b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n%d"
+    with door.client(b"".join(one % number for number in range(9))) as client:
+        answers = [client.answer() for _ in range(9)]
+    assert [json.loads(body)["body"] for _, _, body in answers] == list("012345678")
+
+
+@pytest.mark.parametrize("line", [LINE, b"POST / HTTP/1.0\r\nConnection: keep-alive\r\n"])
+def test_a_connection_is_kept_for_the_next_request(door: Door, line: bytes) -> None:
+    with door.client() as client:
+        for number in range(3):
+            client.socket.sendall(line + b"Content-Length: 1\r\n\r\n%d" % number)
+            status, _, body = client.answer()
+            assert (status, json.loads(body)["body"]) == (200, str(number))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nCONNECTION: Close\r\n\r\n",
+    ],
+)
+def test_a_connection_ends_after_the_answer_when_its_client_wants_that(
+    door: Door, request_: bytes
+) -> None:
+    with door.client(request_) as client:
+        assert client.answer()[0] == 200
+        assert client.ended()
+
+
+@pytest.mark.parametrize("length", [b"Content-Length: 9000000", CHUNKED])
+def test_a_body_that_nobody_read_ends_the_connection_after_a_readable_answer(
+    door: Door, length: bytes
+) -> None:
+    with door.client(b"POST /unread HTTP/1.1\r\n" + length + b"\r\n\r\n") as client:
+        client.socket.sendall(b"1\r\nx\r\n" * 100_000)
+        assert client.answer()[0] == 200
+        assert client.ended()
+
+
+def test_a_chunked_body_is_put_together_and_the_next_request_is_found_behind_it(
+    door: Door,
+) -> None:
+    chunked = LINE + CHUNKED + b"\r\n\r\n3\r\nabc\r\n0A;x=y\r\n0123456789\r\n0\r\nX: y\r\n\r\n"
+    with door.client(chunked * 2) as client:
+        for _ in range(2):
+            status, _, body = client.answer()
+            assert (status, json.loads(body)["body"]) == (200, "abc0123456789")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 4096, None])
+def test_a_chunked_body_may_be_read_in_pieces_of_any_size(size: int | None) -> None:
+    body = chunked_body(b"3\r\nabc\r\n1;x\r\nd\r\n5\r\nefghi\r\n0\r\nX: x\r\n\r\nGET")
+    pieces = list(iter(lambda: body.read(size), b""))
+    assert b"".join(pieces) == b"abcdefghi"
+    assert size is None or {len(piece) for piece in pieces[:-1]} <= {size}
+    assert not body.unread
+    assert body.rfile.read() == b"GET"
+
+
+def chunked_body(wire: bytes) -> Any:
+    stream: Any = BytesIO(wire)
+    return Body(BufferedReader(stream), None, None, True)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"",
+        b"x\r\n",
+        b"-1\r\n",
+        b"+1\r\nx\r\n",
+        b"0x1\r\nx\r\n",
+        b"1\nx\r\n",
+        b"1\r\nxx\r\n",
+        b"2\r\nx",
+        b"2\r\nx\r\n0\r\n\r\n",
+        b"1" * 99,
+        b"1;" + b"x" * 5000,
+        b"0\r\n" + b"X: x\r\n" * 1000,
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_chunks_that_cannot_be_told_apart_are_the_client_s_fault(door: Door, chunks: bytes) -> None:
+    with door.client(LINE + CHUNKED + b"\r\n\r\n" + chunks) as client:
+        client.socket.shutdown(socket.SHUT_WR)
+        status, _, body = client.answer()
+        assert (status, json.loads(body)) == (400, {"message": "The body is not whole."})
+        assert client.ended()
+
+
+@pytest.mark.parametrize(
+    ("length", "sent"), [(b"Content-Length: 3", b"abc"), (CHUNKED, b"3\r\nabc\r\n0\r\n\r\n")]
+)
+def test_a_client_that_expects_100_continue_sends_its_body_after_it(
+    door: Door, length: bytes, sent: bytes
+) -> None:
+    head = b"Expect: 100-continue\r\n" + length + b"\r\n\r\n"
+    with door.client(LINE + head) as client:
+        assert client.answer()[0] == 100
+        client.socket.sendall(sent)
+        assert json.loads(client.answer()[2])["body"] == "abc"
+    with door.client(b"POST /unread HTTP/1.1\r\n" + head) as client:
+        assert client.answer()[0] == 200, "a body that nobody wants is not asked for"
+        assert client.ended()
+
+
+SLOW_BODY = LINE + b"Content-Length: 99\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "drops"),
+    [
+        (LINE + b"Host: x\r\n", b""),
+        (LINE + b"Host: x\r\n", b"x" * 90),
+        (SLOW_BODY, b""),
+        (SLOW_BODY, b"x" * 90),
+        (LINE + CHUNKED + b"\r\n\r\n50\r\n", b""),
+        (LINE + CHUNKED + b"\r\n\r\n50\r\n", b"x" * 90),
+        (LINE, b""),
+    ],
+)
+def test_slow_headers_and_slow_bodies_end_by_408_in_time(
+    hasty: Door, head: bytes, drops: bytes
+) -> None:
+    started = time.monotonic()
+    with hasty.client(head) as client:
+        client.trickle(drops)
+        status, _, body = client.answer()
+        assert client.ended()
+    assert (status, list(json.loads(body))) == (408, ["message"])
+    assert 0.4 < time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("request_", [b"", b"GET /", b"GET /healthz HTTP/1.1\r\n\r\n"])
+def test_a_client_without_a_next_request_is_let_go_in_time(hasty: Door, request_: bytes) -> None:
+    with hasty.client(request_, seconds=2) as client:
+        if request_.endswith(b"\n"):
+            assert client.answer()[0] == 200
+        assert client.ended()
+
+
+def test_a_client_that_does_not_read_its_answer_is_let_go_in_time(hasty: Door) -> None:
+    with hasty.client(b"GET /large HTTP/1.1\r\n\r\n") as client:
+        time.sleep(1)  # the client's slowness is the test
+        received = 0
+        try:
+            while data := client.socket.recv(1_000_000):
+                received += len(data)
+        except ConnectionResetError:
+            pass
+    assert received < 1_000_000, "the system took what the client did not"
+
+
+def test_hundreds_of_slow_clients_keep_nobody_waiting_and_are_all_told(start: Start) -> None:
+    door = start(CLIENT_TIMEOUT=2)
+    with ExitStack() as stack:
+        heads = [LINE + b"Host: x\r\n", SLOW_BODY + b"x"] * 150
+        clients = [stack.enter_context(door.client(head)) for head in heads]
+        started = time.monotonic()
+        for _ in range(5):
+            assert door.ask("/")[0] == 200
+        assert time.monotonic() - started < 1
+        assert {client.answer()[0] for client in clients} == {408}
+
+
+def test_no_header_keeps_others_waiting(start: Start) -> None:
+    door = start()
+    with door.client(LINE + b"X:" + b" " * 30_000 + b"\0\r\n\r\n"):
+        assert door.ask("/", seconds=2)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (b"", b"1\r\nx\r\n"),
+        (b"", b"1;" + b"x" * 200 + b"\r\nx\r\n"),
+        (b"0\r\n", b"x: " + b"x" * 4000 + b"\r\n"),
+    ],
+    ids=["small chunks", "extensions", "trailers"],
+)
+def test_no_chunked_body_keeps_others_waiting(start: Start, first: bytes, then: bytes) -> None:
+    door = start()
+    flood = then * (100_000 // len(then))
+    with door.client(LINE + CHUNKED + b"\r\n\r\n" + first) as client:
+
+        def pour() -> None:
+            with suppress(OSError):
+                while not select([client.socket], [], [], 0)[0]:
+                    client.socket.sendall(flood)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(pour)
+            try:
+                end = time.monotonic() + 1
+                while time.monotonic() < end:
+                    assert door.ask("/")[0] == 200
+            finally:
+                door.kill()
+
+
+@pytest.mark.parametrize("extension", [b"", b";" + b"x" * 200])
+def test_little_is_read_of_a_chunked_body_between_two_turns_of_others(extension: bytes) -> None:
+    body = chunked_body((b"1" + extension + b"\r\nx\r\n") * 9000 + b"0\r\n\r\n")
+    seen = [0]
+
+    def watch() -> None:
+        while True:
+            seen.append(body.rfile.tell())
+            gevent.sleep(0)
+
+    watcher = gevent.spawn(watch)
+    try:
+        assert _chunks(body, 100_000) == b"x" * 9000
+    finally:
+        watcher.kill()
+    seen.append(body.rfile.tell())
+    assert max(after - before for before, after in pairwise(seen)) < 2**20
+
+
+def test_what_a_refused_client_still_sends_keeps_nobody_waiting() -> None:
+    class Line:
+        received = 0
+
+        def shutdown(self, _how: int) -> None:
+            pass
+
+        def recv(self, size: int) -> bytes:
+            self.received += 1
+            return b"x" * (size if self.received < 10_000 else 0)
+
+    handler: Any = Handler.__new__(Handler)
+    handler.socket = line = Line()
+    seen: list[int] = []
+    gevent.spawn(lambda: seen.append(line.received))
+    handler._linger()
+    gevent.idle()
+    assert seen[0] < 10_000
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)]
+)
+def test_a_signal_lets_running_requests_finish_and_ends_the_rest(
+    start: Start, workers: int, number: int
+) -> None:
+    door = start(workers)
+    door.all_pids(workers)
+    with ExitStack() as stack:
+        idle = stack.enter_context(door.client(b"GET / HTTP/1.1\r\n\r\n"))
+        assert idle.answer()[0] == 200
+        short, long = (stack.enter_context(door.running(seconds)) for seconds in (0.2, 0.8))
+        door.process.send_signal(number)
+        for client in short, long:
+            status, _, body = client.answer()
+            assert (status, json.loads(body)["body"]) == (200, "x")
+            assert client.ended()
+            if client is short:
+                assert not select([long.socket], [], [], 0)[0], "it waited for the long one"
+        assert idle.ended()
+    told = door.wait()
+    assert sorted(told) == sorted(["start", "finish", "stop"] * workers + ["answered"] * 2)
+    if workers == 1:
+        assert told == ["start", "finish", "answered", "answered", "stop"]
+    with pytest.raises(ConnectionRefusedError):
+        door.client()
+
+
+def test_a_request_without_an_end_does_not_keep_the_process(start: Start) -> None:
+    door = start(DRAIN_TIMEOUT=0.2)
+    with door.running(seconds=99) as client:
+        door.process.terminate()
+        assert door.wait() == ["start", "finish", "stop"]
+        assert client.ended()
+
+
+def test_a_killed_worker_is_replaced_while_the_others_answer_and_all_end_together(
+    start: Start,
+) -> None:
+    door = start(workers=2, RESPAWN_DELAY=0.2)
+    pids = door.all_pids(2)
+    assert door.process.pid not in pids
+    victim, survivor = pids
+    os.kill(victim, signal.SIGKILL)
+    assert victim not in door.pids()
+    later = door.all_pids(2)
+    assert survivor in later
+    assert victim not in later
+    door.process.terminate()
+    told = door.wait()
+    assert [told.count(word) for word in ("start", "finish", "stop")] == [3, 2, 2]
+    for pid in pids | later:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,43 @@
+"""What the subscriber is told by its environment."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+from door.environment import Environment
+from door.settings import Access, BrokerSettings, EventSettings
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which queue is handed out, and for how long."""
+
+    broker: BrokerSettings = field(default_factory=BrokerSettings)
+    events: EventSettings = field(default_factory=EventSettings)
+    access: Access = field(default_factory=Access)
+    queue: str = "takeaway"
+    port: int = 5001
+    # Seconds a request waits for the broker's answer.
+    receive_timeout: float = 4
+    # Seconds a message is leased by ?ack=manual; the broker takes it back after half an hour.
+    lease_seconds: int = 60
+    # Bytes of a response with many messages; a single larger message comes alone.
+    max_batch_bytes: int = 16 * MIB
+
+    @classmethod
+    def read(cls, env: Environment) -> Self:
+        """Read the environment; ConfigError by name.
+
+        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS, MAX_BATCH_BYTES.
+        """
+        return cls(
+            broker=BrokerSettings.read(env),
+            events=EventSettings.read(env),
+            access=Access.read(env),
+            queue=env.text("RABBITMQ_QUEUE", cls.queue),
+            port=env.number("PORT", cls.port, 1, 65535),
+            receive_timeout=env.number("RECEIVE_TIMEOUT", int(cls.receive_timeout), 1, 4),
+            lease_seconds=env.number("LEASE_SECONDS", cls.lease_seconds, 1, 1499),
+            max_batch_bytes=env.number("MAX_BATCH_BYTES", cls.max_batch_bytes, 1, 64 * MIB),
+        )

@@ -1,0 +1,210 @@
+"""What looking at the dead queue and emptying it promise."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gevent
+import pytest
+from door import BrokerUnavailable
+from gevent import Greenlet
+from pika.spec import Basic, Channel
+from subscriber.broker import Broker
+from subscriber.dead import Dead
+from subscriber.delivery import Delivery
+from subscriber.settings import Settings
+
+from .conftest import Rabbit, Wire
+
+DEAD = "takeaway.dead"
+TEXTS = [b"a", b"b", b"c", b"d"]
+CHANNEL = (Channel.Open, Channel.Close)
+ASKS = [lambda dead: dead.look(9, 10_000), lambda dead: dead.redrive(9)]
+
+
+@pytest.fixture
+def dead(broker: Broker, wire: Wire) -> Iterator[Dead]:
+    wire.prompt = True
+    yield Dead(broker, Settings(receive_timeout=1))
+    assert open_channels(wire) == 1, "only the broker's own channel stays open"
+
+
+def open_channels(wire: Wire) -> int:
+    gevent.sleep(0.01)
+    return sum(channel.is_open for channel in wire.connection._channels.values()) or 1
+
+
+def ask(method: Any, *args: Any) -> Any:
+    return gevent.spawn(method, *args).get(timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("most", "room", "seen"),
+    [
+        (1, 99, b"a"),
+        (3, 99, b"abc"),
+        (4, 99, b"abcd"),
+        (9, 99, b"abcd"),
+        (9, 2, b"ab"),
+        (9, 2.9, b"ab"),
+        (9, 0, b"a"),
+    ],
+)
+def test_a_look_shows_the_first_and_leaves_all_in_their_order(
+    dead: Dead, rabbit: Rabbit, wire: Wire, most: int, room: float, seen: bytes
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    channel: Any = None
+    size = Delivery(1, b"x", rabbit.queues[DEAD][0].properties, channel).size
+    for again in False, True:
+        # Whether a message was redelivered makes a line shorter, which the bounds allow for.
+        found = ask(dead.look, most, int(room * size))
+        assert b"".join(one.body for one in found) == seen
+        assert [one.redelivered for one in found] == [again] * len(found)
+        assert rabbit.bodies(DEAD) == TEXTS
+    assert rabbit.acked == rabbit.bodies() == []
+    # The broker may count other ways back as failed deliveries.
+    nacks = [one for methods in wire.sent(Basic.Nack) for one in methods]
+    assert [(one.multiple, one.requeue) for one in nacks] == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("method", ["look", "redrive"])
+def test_an_empty_dead_queue_has_nothing(dead: Dead, method: str) -> None:
+    args = [9, 10_000][: 1 + (method == "look")]
+    assert not ask(getattr(dead, method), *args)
+
+
+@pytest.mark.parametrize(("most", "moved"), [(1, 1), (3, 3), (4, 4), (9, 4)])
+def test_redrive_sends_the_first_back_one_at_a_time(
+    dead: Dead, rabbit: Rabbit, wire: Wire, most: int, moved: int
+) -> None:
+    rabbit.publish(b"x")
+    rabbit.publish(*TEXTS, queue=DEAD)
+    assert ask(dead.redrive, most) == moved
+    assert rabbit.bodies() == [b"x", *TEXTS[:moved]]
+    assert rabbit.bodies(DEAD) == TEXTS[moved:]
+    assert [len(methods) for methods in wire.sent(Basic.Reject)] == [1] * moved
+
+
+def test_redrive_moves_no_more_than_there_was_at_first(dead: Dead, rabbit: Rabbit) -> None:
+    rabbit.dead_letter[DEAD] = DEAD  # what goes back dies again at once
+    rabbit.publish(*TEXTS, queue=DEAD)
+    assert ask(dead.redrive, 9) == len(TEXTS)
+    assert rabbit.bodies(DEAD) == TEXTS
+
+
+def test_redrive_ends_where_others_have_taken_the_rest(
+    dead: Dead, rabbit: Rabbit, wire: Wire
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.prompt = False
+    redrive = gevent.spawn(dead.redrive, 9)
+    wire.answer(1)
+    assert rabbit.bodies(DEAD) == TEXTS[1:], "the first is on its way"
+    del rabbit.queues[DEAD][:]
+    wire.answer()
+    assert redrive.get(timeout=2) == 1
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_it_is_done_when_the_broker_says_so(
+    dead: Dead, rabbit: Rabbit, wire: Wire, method: Any
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.prompt = False
+    request = gevent.spawn(method, dead)
+    while not request.ready():
+        wire.answer(1)
+    assert not wire.answers, "the channel was still being closed"
+
+
+def test_requests_take_turns(dead: Dead, rabbit: Rabbit, wire: Wire) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    looks = [gevent.spawn(dead.look, 9, 10_000) for _ in range(3)]
+    assert [[one.body for one in look.get(timeout=2)] for look in looks] == [TEXTS] * 3
+    order = [type(one) for write in wire.writes for one in write if isinstance(one, CHANNEL)]
+    assert order[1:] == [Channel.Open, Channel.Close] * 3
+
+
+def fails(request: Greenlet, match: str | None = None) -> None:
+    with pytest.raises(BrokerUnavailable, match=match):
+        request.get(timeout=2)
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_without_a_connection_it_is_told(broker: Broker, dead: Dead, method: Any) -> None:
+    broker.lost("gone")
+    fails(gevent.spawn(method, dead), "not connected")
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_a_silent_broker_is_told_and_the_next_request_has_its_turn(
+    dead: Dead, rabbit: Rabbit, wire: Wire, method: Any
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.peer.deaf = (Basic.Get,)
+    dead._timeout = 0.02
+    fails(gevent.spawn(method, dead), "did not answer")
+    wire.peer.deaf = ()
+    dead._timeout = 1
+    assert [one.body for one in ask(dead.look, 9, 10_000)] == TEXTS
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_no_channel_is_left_to_open_too_late(
+    broker: Broker, dead: Dead, rabbit: Rabbit, wire: Wire, method: Any
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.peer.deaf = (Channel.Open,)
+    dead._timeout = 0.02
+    fails(gevent.spawn(method, dead), "opened no channel")
+    gevent.idle()
+    assert wire.cut
+    dead._timeout = 1
+    rabbit.connect(broker).prompt = True
+    assert [one.body for one in ask(dead.look, 9, 10_000)] == TEXTS
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_a_missing_dead_queue_is_told(dead: Dead, rabbit: Rabbit, method: Any) -> None:
+    del rabbit.queues[DEAD]
+    fails(gevent.spawn(method, dead), f"no queue '{DEAD}'")
+    assert dead._broker.up, "the connection is not to blame"
+
+
+@pytest.mark.parametrize("method", ASKS)
+@pytest.mark.parametrize("heard", [0, 1, 2, 3])
+def test_a_connection_that_is_lost_is_told_and_nothing_is_used_up(
+    broker: Broker, dead: Dead, rabbit: Rabbit, wire: Wire, method: Any, heard: int
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.prompt = False
+    dead._timeout = 0.2
+    request = gevent.spawn(method, dead)
+    wire.answer(heard)
+    assert not request.ready()
+    wire.lose()
+    broker.lost("gone")
+    fails(request)
+    assert sorted(rabbit.bodies() + rabbit.bodies(DEAD)) == TEXTS
+
+
+@pytest.mark.parametrize("method", ASKS)
+def test_a_connection_that_ended_a_moment_ago_is_told(dead: Dead, wire: Wire, method: Any) -> None:
+    wire.lose()
+    fails(gevent.spawn(method, dead))
+
+
+def test_a_lost_connection_is_not_blamed_on_the_next(
+    broker: Broker, dead: Dead, rabbit: Rabbit, wire: Wire
+) -> None:
+    wire.prompt = False
+    dead._timeout = 0.05
+    look = gevent.spawn(dead.look, 9, 10_000)
+    gevent.idle()
+    broker.lost("gone")
+    wire.lose()
+    renewed = rabbit.connect(broker)
+    fails(look)
+    gevent.idle()
+    assert broker.up
+    assert not renewed.cut

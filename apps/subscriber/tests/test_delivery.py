@@ -1,0 +1,152 @@
+"""A message as JSON, whatever another program put into it."""
+
+import json
+import math
+import struct
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pika.data import decode_value
+from pika.spec import BasicProperties
+from subscriber.delivery import Delivery
+from subscriber.leases import Leases
+
+NOTHING = {
+    "id": None,
+    "body": "",
+    "encoding": "utf-8",
+    "content_type": None,
+    "headers": {},
+    "redelivered": False,
+}
+
+
+def delivery(body: bytes = b"", redelivered: bool = False, **properties: Any) -> Delivery:
+    channel: Any = None
+    return Delivery(1, body, BasicProperties(**properties), channel, redelivered)
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (delivery(), {}),
+        (delivery("Käse ☃\n\0".encode()), {"body": "Käse ☃\n\0"}),
+        (delivery(b"\xff\0"), {"body": "/wA=", "encoding": "base64"}),
+        (delivery(b"\xed\xa0\x80"), {"body": "7aCA", "encoding": "base64"}),
+        (delivery(redelivered=True), {"redelivered": True}),
+        (delivery(message_id="m", content_type="a/b"), {"id": "m", "content_type": "a/b"}),
+        (delivery(message_id="", content_type=""), {}),
+        (delivery(message_id=b"\xff", content_type=b"\xff"), {}),
+        (delivery(headers={"a": 1}), {"headers": {"a": 1}}),
+        (delivery(headers={b"\xff": 1, "": 2}), {"headers": {"ÿ": 1, "": 2}}),
+    ],
+)
+def test_a_message_is_one_line_of_json(message: Delivery, told: dict[str, Any]) -> None:
+    line = message.line()
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == NOTHING | told
+    assert json.loads(message.line("r")) == NOTHING | told | {"receipt": "r"}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (1.5, 1.5),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+        (-(2**63), -(2**63)),
+        ("ä", "ä"),
+        (b"ab", "ab"),
+        (None, None),
+        (Decimal("1.50"), "1.50"),
+        (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02 03:04:05+00:00"),
+        ([], []),
+        ({}, {}),
+        ({"a": {"b": [b"\xff", None, {"c": Decimal(1)}]}}, {"a": {"b": ["ÿ", None, {"c": "1"}]}}),
+    ],
+)
+def test_headers_keep_their_values_and_what_json_lacks_becomes_text(value: Any, told: Any) -> None:
+    assert json.loads(delivery(headers={"h": value}).line())["headers"] == {"h": told}
+
+
+@pytest.mark.parametrize(
+    ("encoded", "told"),
+    [
+        (b"t\1", True),
+        (b"b\xff", -1),
+        (b"B\xff", 255),
+        (b"s\xff\xff", -1),
+        (b"U\xff\xff", -1),
+        (b"u\xff\xff", 65535),
+        (b"I" + b"\xff" * 4, -1),
+        (b"i" + b"\xff" * 4, 2**32 - 1),
+        (b"l" + b"\xff" * 8, -1),
+        (b"L" + b"\xff" * 8, -1),
+        (b"f" + struct.pack(">f", 2), 2),
+        (b"d" + struct.pack(">d", 2), 2),
+        pytest.param(
+            b"d" + struct.pack(">d", 1.5),
+            1.5,
+            marks=pytest.mark.xfail(strict=True, reason="pika 1.4.4 drops the fraction"),
+        ),
+        (b"D\2" + struct.pack(">i", 150), "1.50"),
+        (b"S\0\0\0\2\xc3\xa4", "ä"),
+        (b"S\0\0\0\1\xff", "ÿ"),
+        (b"x\0\0\0\1\xff", "ÿ"),
+        (b"T" + struct.pack(">Q", 0), "1970-01-01 00:00:00+00:00"),
+        (b"A\0\0\0\3t\1V", [True, None]),
+        (b"F\0\0\0\4\1at\0", {"a": False}),
+        (b"V", None),
+    ],
+)
+def test_each_type_of_amqp_can_be_told(encoded: bytes, told: Any) -> None:
+    value, _ = decode_value(encoded, 0)
+    assert json.loads(delivery(headers={"h": value}).line())["headers"] == {"h": told}
+
+
+@pytest.mark.parametrize("depth", [100, 400])
+def test_headers_of_any_depth_that_pika_reads_can_be_told(depth: int) -> None:
+    encoded = b"V"
+    for _ in range(depth):
+        encoded = b"F" + struct.pack(">I", len(encoded) + 1) + b"\0" + encoded
+    value, _ = decode_value(encoded, 0)
+    told = json.loads(delivery(b"a", headers={"h": value}).line())
+    assert told["body"] == "a"
+    assert bool(told["headers"]) == (depth == 100)
+
+
+@cache
+def longest_receipt() -> str:
+    broker: Any = None
+    leases = Leases(broker, 1)
+    leases._count = 10**15
+    receipt = leases.grant(delivery())
+    assert leases._keeper
+    leases._keeper.kill()
+    return receipt
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.binary() | st.text().map(str.encode),
+    st.none() | st.text() | st.binary(),
+    st.dictionaries(st.text(), st.text() | st.binary() | st.integers() | st.none(), max_size=3),
+    st.booleans(),
+)
+def test_the_size_bounds_the_line(
+    body: bytes, message_id: Any, headers: dict[str, Any], redelivered: bool
+) -> None:
+    one = delivery(body, redelivered, message_id=message_id, headers=headers)
+    size = one.size
+    assert len(one.line()) <= len(one.line(longest_receipt())) <= size
+
+
+def test_deliveries_are_sorted_as_the_queue_gave_them() -> None:
+    channel: Any = object()
+    one, two = (Delivery(tag, b"z", BasicProperties(), channel) for tag in (2, 10))
+    assert sorted([two, one]) == [one, two]
