@@ -11,11 +11,11 @@ MAKEFLAGS += --no-print-directory
 PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
-# Which log files `make logs` follows, of which stack.
+# Which log files `make logs` follows, of which stack; `make chaos` breaks that one.
 S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images test lint unit unit-python unit-alerts molecule test-host test-bare bench requirements
+.PHONY: up status logs down clean images test lint unit unit-python unit-alerts molecule test-host test-bare bench chaos requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -63,7 +63,14 @@ test-bare: .venv/.test test-host
 	$(PYTEST) tests/bare
 
 bench: .venv/.test
+	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml --tags=all,bench tests/host.yml
 	python3 bench/collector.py
+	python3 bench/doors.py
+
+# On the Docker host itself, with the ports of `make up`; takes every message of the queue.
+chaos:
+	python3 tests/chaos.py --stack $(STACK) --messages 100000 --clients 16 --rounds 5
+	python3 tests/chaos.py --stack $(STACK) --hangups 1000
 
 # --no-compile: Python compiles what it uses, a tenth of it.
 .venv/.run: requirements.txt
