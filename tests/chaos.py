@@ -175,14 +175,9 @@ class Stack:
         process = Path("/proc", str(self.pid("publisher")))
         try:
             files = [file.read_text() for file in process.glob("task/*/children")]
-            commands = {
-                int(pid): Path("/proc", pid, "cmdline").read_text()
-                for pid in chain.from_iterable(file.split() for file in files)
-            }
         except OSError:
             return set()
-        # Beside them may run the tracker of multiprocessing's resources.
-        return {pid for pid, command in commands.items() if "resource_tracker" not in command}
+        return {int(pid) for pid in chain.from_iterable(file.split() for file in files)}
 
     def ready(self) -> bool:
         """Return whether both doors reach the broker."""

@@ -45,8 +45,7 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
     app = Flask("publisher", static_folder=None)
     equip(app, broker, sink, settings.access)
 
-    def begin() -> events.Event:
-        event = current_event()
+    def begin(event: events.Event) -> events.Event:
         event.fields |= {"event": "publish", "queue": settings.routing_key}
         return event
 
@@ -56,7 +55,7 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
 
     @app.post("/data")
     def data() -> Response:
-        event = begin()
+        event = begin(current_event())
         text, message = payload.text_message(request, settings.max_message_bytes, event.request_id)
         # Here, as the event of a message that the broker may not have needs its id most.
         event.fields["message_id"] = message.id
@@ -65,7 +64,7 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
 
     @app.post("/messages")
     def messages() -> Response:
-        event = begin()
+        event = begin(current_event())
         message = payload.raw_message(request, settings.max_message_bytes, event.request_id)
         event.fields["message_id"] = message.id
         broker.publish([message])
@@ -75,7 +74,7 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
 
     @app.post("/batch")
     def batch() -> Response:
-        event = begin()
+        event = begin(current_event())
         sending = payload.batch(read_body(settings.max_batch_bytes), settings, event.request_id)
         event.fields["messages"] = len(sending)
         try:
@@ -87,7 +86,7 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
         return json_response(201, {"sent": len(sending)})
 
     def direct_data(environ: dict[str, Any], event: events.Event) -> Answer | None:
-        event.fields |= {"event": "publish", "queue": settings.routing_key}
+        begin(event)
         text = payload.plain_form(environ, settings.max_message_bytes)
         if text is None:
             return None

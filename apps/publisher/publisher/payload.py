@@ -58,14 +58,13 @@ def plain_form(environ: dict[str, Any], limit: int) -> str | None:
     if len(body) < length:
         return None
     try:
-        fields = parse_qsl(body.decode(), True, errors="strict", max_num_fields=MAX_FIELDS)
-        text = next(value for name, value in fields if name == "message")
-    except (ValueError, StopIteration):
+        text = _form_field(body)
+    except ValueError:
         return None
-    if len(text) * 4 > limit:
+    if text is None or len(text) * 4 > limit:
         return None
     source.read()  # type: ignore[no-untyped-call]
-    return str(text)
+    return text
 
 
 def text_message(request: Request, limit: int, request_id: str) -> tuple[str, Message]:
@@ -172,14 +171,20 @@ def _from_form(body: bytes, limit: int) -> object:
     if body.count(b"%") > limit + WRAPPING:
         abort(413)
     try:
-        fields = parse_qsl(
-            body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
-        )
+        text = _form_field(body)
     except UnicodeDecodeError:
         abort(400, "The form is not UTF-8.")
     except ValueError:
         abort(400, f"The form has more than {MAX_FIELDS} fields.")
-    return next((value for name, value in fields if name == "message"), MISSING)
+    return MISSING if text is None else text
+
+
+def _form_field(body: bytes) -> str | None:
+    """Return the first `message` of an urlencoded form, None without one; raises ValueError."""
+    fields = parse_qsl(
+        body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
+    )
+    return next((value for name, value in fields if name == "message"), None)
 
 
 def _from_multipart(body: bytes, request: Request) -> object:

@@ -78,17 +78,17 @@ def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = No
             # More for a client that left while it waited would keep them from the others.
             if room > 0 and not has_left(request.environ.get(SOCKET)):
                 deliveries += broker.get(most - 1, room)
-            release = batches.release if many else None
-            headers, body = hand_over(
-                request.environ, event, deliveries, as_json, most > 0, lease, release
-            )
-            # Passed through, so that nothing stands between the server and the body's steps.
-            return Response(body, headers=headers, direct_passthrough=True)
         except BaseException:
             if many:
                 batches.release()
             broker.release(deliveries)
             raise
+        release = batches.release if many else None
+        headers, body = hand_over(
+            request.environ, event, deliveries, as_json, most > 0, lease, release
+        )
+        # Passed through, so that nothing stands between the server and the body's steps.
+        return Response(body, headers=headers, direct_passthrough=True)
 
     def hand_over(
         environ: dict[str, Any],
@@ -100,17 +100,6 @@ def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = No
         release: Callable[[], None] | None = None,
     ) -> tuple[Headers, Handover]:
         receipts = [leases.grant(one) for one in deliveries] if lease else []
-        if not as_json:
-            body, kind = deliveries[0].body + b"\n", TEXT
-        else:
-            pairs = zip_longest(deliveries, receipts)
-            try:
-                body = b"".join([one.line(receipt) for one, receipt in pairs])
-            except BaseException:
-                leases.forget(receipts)
-                raise
-            kind = "application/x-ndjson" if lines else "application/json"
-        event.fields |= {"messages": len(deliveries)} if lines else deliveries[0].origin
 
         def settle(written: bool) -> None:
             if release is not None:
@@ -121,21 +110,28 @@ def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = No
             elif not lease:
                 broker.ack(deliveries)
 
-        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), NO_STORE]
-        if lease and not as_json:
-            headers.append(("X-Receipt", receipts[0]))
-        return headers, Handover(body, environ.get(SOCKET), event, settle)
+        try:
+            if as_json:
+                pairs = zip_longest(deliveries, receipts)
+                body = b"".join([one.line(receipt) for one, receipt in pairs])
+                kind = "application/x-ndjson" if lines else "application/json"
+            else:
+                body, kind = deliveries[0].body + b"\n", TEXT
+            event.fields |= {"messages": len(deliveries)} if lines else deliveries[0].origin
+            headers = [("Content-Type", kind), ("Content-Length", str(len(body))), NO_STORE]
+            if lease and not as_json:
+                headers.append(("X-Receipt", receipts[0]))
+            return headers, Handover(body, environ.get(SOCKET), event, settle)
+        except BaseException:
+            settle(False)
+            raise
 
     def direct_receive(environ: dict[str, Any], event: events.Event) -> Answer | None:
         if environ.get("HTTP_ACCEPT", "*/*") != "*/*":
             return None
         event.fields |= {"event": "receive", "queue": settings.queue}
         if deliveries := broker.get():
-            try:
-                headers, body = hand_over(environ, event, deliveries)
-            except BaseException:
-                broker.release(deliveries)
-                raise
+            headers, body = hand_over(environ, event, deliveries)
             return 200, headers, body
         return 200, [("Content-Type", TEXT), ("Content-Length", str(len(EMPTY))), NO_STORE], [EMPTY]
 

@@ -2,7 +2,6 @@
 """One connection to the broker, shared by every request of this process."""
 
 import heapq
-import logging
 import math
 import time
 from collections.abc import Iterable
@@ -20,8 +19,6 @@ from pika.spec import Basic, BasicProperties
 
 from subscriber.delivery import Delivery
 from subscriber.settings import Settings
-
-log = logging.getLogger(__name__)
 
 # Seconds the connection stays open after the last acknowledgement. A quorum queue takes them
 # behind the channel's back: closing at once left 267 of 300 acknowledged messages in the queue,
