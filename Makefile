@@ -30,10 +30,9 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# What waits for packages, and later Molecule, which waits for alerts, goes beside what computes.
+# Molecule, which mostly waits, beside all that computes. It brings the engine before the others ask for one.
 test: .venv/.test
-	$(MAKE) --jobs=2 --output-sync test-host lint
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) unit test-bare > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) lint unit test-bare > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
 	wait $$rest || status=$$?; cat $$log; exit $$status
 
 test-host: .venv/.run

@@ -63,6 +63,13 @@ except pika.exceptions.AMQPError as error:
 """
 
 
+def host_variables() -> dict[str, Any]:
+    """Return what the scenario sets; its hosts share their variables."""
+    file = next((INVENTORY / "host_vars").glob("*.yml"))
+    values: dict[str, Any] = yaml.safe_load(file.read_text())
+    return values
+
+
 def variables() -> dict[str, Any]:
     """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
     files = [
@@ -70,8 +77,7 @@ def variables() -> dict[str, Any]:
         PROJECT / "inventory/group_vars/all/main.yml",
     ]
     values = [yaml.safe_load(file.read_text()) or {} for file in files]
-    # Hosts of one scenario share their variables.
-    values.append(yaml.safe_load(next((INVENTORY / "host_vars").glob("*.yml")).read_text()))
+    values.append(host_variables())
     return {name: value for each in values for name, value in each.items()}
 
 
