@@ -181,7 +181,7 @@ def test_every_engine_since_20_10_knows_the_options_of_its_log_driver() -> None:
 
 def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
     text = rendered.first["fluentd/fluent.conf"]
-    paths = re.findall(r"^<match (.+)>\n  @type file\n  path (\S+)$", text, re.MULTILINE)
+    paths = re.findall(r"^<match (.+)>\n  @type file\n  @id \w+\n  path (\S+)$", text, re.MULTILINE)
     assert len(paths) == 2
     (match,) = [match for match, path in paths if "${tag}" in path]
     assert re.fullmatch(r"/\\A\((\w+\|)*\w+\)\\z/", match)

@@ -56,8 +56,10 @@ def test_only_fluentds_own_log_does_not_go_through_fluentd(stack: Stack) -> None
     assert own == {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
 
 
-def test_its_http_door_is_on_the_stacks_network_alone(stack: Stack) -> None:
-    assert stack.inspect("fluentd")["NetworkSettings"]["Ports"].get("9880/tcp") is None
+def test_its_http_doors_are_on_the_stacks_network_alone(stack: Stack) -> None:
+    ports = stack.inspect("fluentd")["NetworkSettings"]["Ports"]
+    assert ports.get("9880/tcp") is None
+    assert ports.get("24220/tcp") is None
     post(stack, "alerts", '{"receiver": "files", "alerts": []}')
     eventually(
         lambda: any('{"receiver":"files","alerts":[]}' in line for line in stack.lines("alerts")),

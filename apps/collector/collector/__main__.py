@@ -17,6 +17,7 @@ from collector.config import (
     ExecSource,
     ForwardSource,
     HttpSource,
+    MonitorSource,
     Source,
     load,
 )
@@ -24,6 +25,7 @@ from collector.events import Router
 from collector.forward import Forward
 from collector.http_input import HttpInput
 from collector.limits import Limits
+from collector.monitor import MonitorAgent
 from collector.store import Store
 
 # Seconds between two looks at what is due.
@@ -66,7 +68,7 @@ async def serve(config: Config) -> None:
     loop.add_signal_handler(signal.SIGUSR1, flush)
     # The ports first: who holds them works in the folder, too, and its chunks are its own.
     servers = [
-        await _bind(source, routers, limits)
+        await _bind(source, routers, stores, limits)
         for source in config.sources
         if not isinstance(source, ExecSource)
     ]
@@ -104,10 +106,17 @@ async def serve(config: Config) -> None:
     log.info("stopped")
 
 
-async def _bind(source: Source, routers: dict[str, Router], limits: Limits) -> asyncio.Server:
-    """Bind source's port; routers is filled before its server starts."""
+async def _bind(
+    source: Source, routers: dict[str, Router], stores: list[Store], limits: Limits
+) -> asyncio.Server:
+    """Bind source's port; routers and stores are filled before its server starts."""
     label = source.label
-    if isinstance(source, HttpSource):
+    if isinstance(source, MonitorSource):
+        kind = "GET /api/plugins.json"
+        server = await asyncio.start_server(
+            MonitorAgent(stores, limits).serve, source.bind, source.port, start_serving=False
+        )
+    elif isinstance(source, HttpSource):
         kind, longest = "HTTP", source.body_size_limit
         server = await asyncio.start_server(
             lambda reader, writer: HttpInput(routers[label], limits, longest).serve(reader, writer),

@@ -61,6 +61,14 @@ class HttpSource(Source):
 
 
 @dataclass(frozen=True)
+class MonitorSource(Source):
+    """`@type monitor_agent`: tells of the outputs."""
+
+    bind: str
+    port: int
+
+
+@dataclass(frozen=True)
 class ExecSource(Source):
     """`@type exec`; run_interval in seconds."""
 
@@ -83,12 +91,13 @@ class Buffer:
 
 @dataclass(frozen=True)
 class FileMatch:
-    """`@type file`: path has `%Y%m%d` and, with a buffer by tag, `${tag}`."""
+    """`@type file`: path has `%Y%m%d` and, with a buffer by tag, `${tag}`; id may be empty."""
 
     pattern: "Pattern"
     path: str
     time_format: str
     buffer: Buffer
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,11 @@ _HTTP: Schema = {
     "port": (_PORT, "9880"),
     "body_size_limit": (_size, "32m"),
 }
+_MONITOR: Schema = {
+    "bind": (_text, "0.0.0.0"),
+    "port": (_PORT, "24220"),
+    "include_config": (_only("false"), "false"),
+}
 _EXEC: Schema = {
     "tag": (_text, None),
     "command": (_text, None),
@@ -328,6 +342,7 @@ class _Check:
     def __init__(self, name: str) -> None:
         self._name = name
         self._buffers: set[str] = set()
+        self._ids: set[str] = set()
 
     def _fail(self, section: Section, text: str, line: int | None = None) -> NoReturn:
         place = f"{section}: " if section.name != _ROOT else ""
@@ -370,6 +385,18 @@ class _Check:
             self._fail(section, f"@type must be one of {', '.join(known)}, not {name!r}", line)
         return name, self._values(section, known[name])
 
+    def _id(self, section: Section) -> str:
+        """Return the section's @id, which no other one may have; empty without one."""
+        if "@id" not in section.parameters:
+            return ""
+        name, line = section.parameters.pop("@id")
+        if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            self._fail(section, f"@id must be a word, not {name!r}", line)
+        if name in self._ids:
+            self._fail(section, f"@id {name} is another section's too", line)
+        self._ids.add(name)
+        return name
+
     def config(self, root: Section) -> Config:
         self._values(root, {})
         sources, matches = [], {_ROOT: self._matches(root, "source", "filter", "label")}
@@ -394,7 +421,9 @@ class _Check:
         label, _ = section.parameters.pop("@label", (_ROOT, section.line))
         if section.argument:
             self._fail(section, "takes no argument")
-        kind, values = self._type(section, {"forward": _FORWARD, "http": _HTTP, "exec": _EXEC})
+        self._id(section)
+        known = {"forward": _FORWARD, "http": _HTTP, "monitor_agent": _MONITOR, "exec": _EXEC}
+        kind, values = self._type(section, known)
         if kind == "exec":
             children = self._children(section, "parse")
             if "parse" not in children:
@@ -404,6 +433,8 @@ class _Check:
         self._children(section)
         if kind == "http":
             return HttpSource(label=label, **values)
+        if kind == "monitor_agent":
+            return MonitorSource(label, values["bind"], values["port"])
         return ForwardSource(label=label, **values)
 
     def _filter(self, section: Section) -> None:
@@ -428,6 +459,7 @@ class _Check:
         except ValueError as error:
             self._fail(section, str(error))
         line = section.parameters.get("path", ("", section.line))[1]
+        name = self._id(section)
         kind, values = self._type(section, {"file": _FILE, "stdout": {}})
         if kind == "stdout":
             self._children(section)
@@ -444,7 +476,7 @@ class _Check:
             if names is None or any(name.startswith(".") for name in names):
                 self._fail(section, "path has ${tag}, so the match must name each tag", line)
         form = self._values(children.get("format", Section("format", "", line)), _FORMAT)
-        return FileMatch(pattern, values["path"], form["time_format"], buffer)
+        return FileMatch(pattern, values["path"], form["time_format"], buffer, name)
 
     def _buffer(self, section: Section) -> Buffer:
         keys = {key.strip() for key in section.argument.split(",")}

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import h11
@@ -49,12 +48,11 @@ def records(body: bytes) -> list[dict[str, Any]]:
     return found
 
 
-class HttpInput:
-    """The server of one source."""
+class Server:
+    """The HTTP server of one source."""
 
-    def __init__(self, router: Router, limits: Limits, longest: int) -> None:
-        """Take bodies of at most longest bytes for router."""
-        self._router = router
+    def __init__(self, limits: Limits, longest: int) -> None:
+        """Take bodies of at most longest bytes."""
         self._limits = limits
         self._longest = longest
 
@@ -63,7 +61,7 @@ class HttpInput:
         connection = Connection(reader, writer, self._limits, self._longest)
         try:
             if self._limits.enter(connection, connection.peer):
-                while await connection.exchange(self._store):
+                while await connection.exchange(self):
                     pass
         except (OSError, h11.LocalProtocolError):
             # It has gone, or does not read its answers: what waits for it would wait for ever.
@@ -72,18 +70,55 @@ class HttpInput:
             self._limits.leave(connection)
             writer.transport.abort() if connection.refused else writer.close()
 
-    def _store(self, tag: str, body: bytes) -> None:
+    def check(self, request: h11.Request) -> str:
+        """Return what the request's head asks for; Rejected when it is not to be taken."""
+        raise NotImplementedError
+
+    def answer(self, asked: str, body: bytes) -> bytes:
+        """Return the answer, JSON or nothing, to what check returned; Rejected."""
+        raise NotImplementedError
+
+
+class HttpInput(Server):
+    """The server of a source that takes events."""
+
+    def __init__(self, router: Router, limits: Limits, longest: int) -> None:
+        """Take bodies of at most longest bytes for router."""
+        super().__init__(limits, longest)
+        self._router = router
+
+    def check(self, request: h11.Request) -> str:
+        """Return the tag."""
+        headers = dict(request.headers)
+        path, query = path_of(request)
+        if request.method != b"POST":
+            raise Rejected(405, "only POST is known here", ("Allow", "POST"))
+        tag = ".".join(path.removeprefix("/").split("/"))
+        if not path.startswith("/") or not tag:
+            raise Rejected(404, "the path must be the tag, as /alerts")
+        if query:
+            raise Rejected(400, "no parameters are known here")
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        coding = headers.get(b"content-encoding", b"identity")
+        if kind != b"application/json" or coding != b"identity":
+            raise Rejected(415, "only application/json, not compressed, is known here")
+        if b"content-length" not in headers and b"transfer-encoding" not in headers:
+            raise Rejected(411, "the request needs a Content-Length")
+        return tag
+
+    def answer(self, asked: str, body: bytes) -> bytes:
         """Put the body's events into the staged chunk."""
         batch = Batch(self._router)
         moment = now()
         try:
-            batch.add(tag, [(*moment, record) for record in records(body)])
+            batch.add(asked, [(*moment, record) for record in records(body)])
             batch.write()
         except Malformed as error:
             raise Rejected(400, str(error)) from None
         except Refused as error:
             # Alertmanager tries again after a 5xx.
             raise Rejected(503, str(error), ("Retry-After", "5")) from None
+        return b""
 
 
 class Connection:
@@ -115,17 +150,17 @@ class Connection:
         """End the connection."""
         self._writer.close()
 
-    async def exchange(self, store: Callable[[str, bytes], None]) -> bool:
-        """Answer one request; return whether another may follow."""
+    async def exchange(self, server: Server) -> bool:
+        """Answer one request by server; return whether another may follow."""
         try:
             try:
                 async with asyncio.timeout(_PATIENCE):
                     request = await self._event()
                     if not isinstance(request, h11.Request):
                         return False  # the client has closed
-                    tag = _tag(request)
+                    asked = server.check(request)
                     body = await self._body(request)
-                store(tag, body)
+                answer = server.answer(asked, body)
             except h11.RemoteProtocolError as error:
                 raise Rejected(error.error_status_hint, str(error)) from None
         except TimeoutError:
@@ -135,9 +170,11 @@ class Connection:
             return False
         except Rejected as error:
             log.warn(f"answered {error.status} to {self.peer} (HTTP): {error}")
-            await self._answer(error.status, str(error), error.headers)
+            text = f"{error.status} {log.visible(str(error))}\n".encode()
+            await self._answer(error.status, text, *error.headers)
         else:
-            await self._answer(200, "", ())
+            kind = "application/json" if answer else "text/plain"
+            await self._answer(200, answer, kind=kind)
         finally:
             self._limits.hold(self, 0)
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
@@ -168,11 +205,12 @@ class Connection:
             self._limits.hold(self, len(body))
         return bytes(body)
 
-    async def _answer(self, status: int, text: str, headers: tuple[tuple[str, str], ...]) -> None:
+    async def _answer(
+        self, status: int, body: bytes, *headers: tuple[str, str], kind: str = "text/plain"
+    ) -> None:
         if self._http.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
             return
-        body = f"{status} {log.visible(text)}\n".encode() if text else b""
-        fields = [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), *headers]
+        fields = [("Content-Type", kind), ("Content-Length", str(len(body))), *headers]
         if self._http.their_state is not h11.DONE:
             # What is left of the request is not read.
             fields.append(("Connection", "close"))
@@ -186,20 +224,7 @@ class Connection:
             await self._writer.drain()
 
 
-def _tag(request: h11.Request) -> str:
-    """Return the tag that the request's head asks for; Rejected when it is not to be taken."""
-    headers = dict(request.headers)
+def path_of(request: h11.Request) -> tuple[str, str]:
+    """Return the target's path and what follows its question mark."""
     path, _, query = request.target.decode("ascii").partition("?")
-    if request.method != b"POST":
-        raise Rejected(405, "only POST is known here", ("Allow", "POST"))
-    tag = ".".join(path.removeprefix("/").split("/"))
-    if not path.startswith("/") or not tag:
-        raise Rejected(404, "the path must be the tag, as /alerts")
-    if query:
-        raise Rejected(400, "no parameters are known here")
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json" or headers.get(b"content-encoding", b"identity") != b"identity":
-        raise Rejected(415, "only application/json, not compressed, is known here")
-    if b"content-length" not in headers and b"transfer-encoding" not in headers:
-        raise Rejected(411, "the request needs a Content-Length")
-    return tag
+    return path, query

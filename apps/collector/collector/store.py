@@ -121,6 +121,8 @@ class Store:
         # Target: when to try again (time.monotonic()), and the seconds waited for that.
         self._retries: dict[Path, tuple[float, float]] = {}
         self._total = 0
+        # Since the start: lines taken, tries to flush a chunk, and what went wrong in either.
+        self._records = self._tries = self._errors = 0
         self._seldom = log.Seldom()
         try:
             self._take_up()
@@ -228,12 +230,14 @@ class Store:
                 os.ftruncate(chunk.file, chunk.size)
                 raise
         except (Refused, OSError) as error:
+            self._errors += 1
             self._seldom.warn(f"events for {self._match.path} are refused: {error}")
             raise Refused(str(error)) from None
         chunk.size += len(data)
         chunk.records += len(lines)
         chunk.modified = int(time.time())
         self._total += len(data)
+        self._records += len(lines)
 
     def _stage(self, key: Key) -> Chunk:
         if len(self._staged) >= MOST_STAGED:
@@ -290,9 +294,11 @@ class Store:
                 behind.add(target)
                 waiting.append(chunk)
                 continue
+            self._tries += 1
             try:
                 self._append(chunk, target)
             except OSError as error:
+                self._errors += 1
                 if _names(error, chunk.path) and self._folder.is_dir():
                     log.error(f"{chunk.path} was removed, its {chunk.size} bytes are lost")
                     self._total -= chunk.size
@@ -367,6 +373,33 @@ class Store:
         # What stays is removed at the next start.
         with contextlib.suppress(OSError):
             chunk.meta.unlink()
+
+    # --- what became of it ---------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """Return the match's @id, or a name that lasts as long as the process, as Fluentd's."""
+        return self._match.id or f"object:{id(self):x}"
+
+    def statistics(self) -> dict[str, float]:
+        """Return numbers with the names and meanings of Fluentd's output.rb and buffer.rb.
+
+        So write_count is of tries, done or not, and retry_count has what was refused besides the
+        tries that failed. Sizes are in bytes, buffer_available_buffer_space_ratios in percent.
+        """
+        staged = sum(chunk.size for chunk in self._staged.values())
+        free = 1 - self._total / self._match.buffer.total_limit_size
+        return {
+            "retry_count": self._errors,
+            "emit_records": self._records,
+            "write_count": self._tries,
+            "buffer_stage_length": len(self._staged),
+            "buffer_stage_byte_size": staged,
+            "buffer_queue_length": len(self._queue),
+            "buffer_queue_byte_size": self._total - staged,
+            "buffer_total_queued_size": self._total,
+            "buffer_available_buffer_space_ratios": round(100 * free, 1),
+        }
 
     def close(self) -> None:
         """Flush, and say what cannot be flushed."""

@@ -11,6 +11,7 @@ from collector.config import (
     FileMatch,
     ForwardSource,
     HttpSource,
+    MonitorSource,
     Pattern,
     load,
 )
@@ -28,13 +29,15 @@ def read(tmp_path: Path, text: str) -> Config:
 
 def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> None:
     config = read(tmp_path, fluent_conf)
-    forward, http, command = config.sources
+    forward, http, monitor, command = config.sources
     assert forward == ForwardSource("", "0.0.0.0", 24224, 1 << 20)
     assert http == HttpSource("", "0.0.0.0", 9880, 1 << 20)
+    assert monitor == MonitorSource("", "0.0.0.0", 24220)
     assert command == ExecSource("@FLUENT_LOG", "fluent.prune", "sh /fluentd/etc/prune.sh", 60.0)
     known, other = config.matches[""]
     assert isinstance(known, FileMatch)
     assert isinstance(other, FileMatch)
+    assert (known.id, other.id) == ("files", "other")
     assert known.buffer.by_tag
     assert not other.buffer.by_tag
     assert known.buffer.total_limit_size == 64 << 20
@@ -48,6 +51,12 @@ def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> N
         ("port 24224", "prot 24224", "line 6: <source>: unknown parameter prot"),
         ("@type forward", "@type tail", "line 4: <source>: @type must be one of forward"),
         ("chunk_size_limit 1m", "chunk_size_limit 1q", "chunk_size_limit must be a size"),
+        ("port 24220", "port 24220\n  tag x", "line 23: <source>: unknown parameter tag"),
+        ("include_config false", "include_config true", "include_config can only be false"),
+        ("@id files", "@id", "@id must be a word, not ''"),
+        ("@id files", "@id a.b/c", "@id must be a word, not 'a.b/c'"),
+        ("@id other", "@id files", "<match **>: @id files is another section's too"),
+        ("bind 0.0.0.0", "@id other", "line 5: <source>: @id other is another section's too"),
         ("run_interval 60s", "", "<source>: run_interval must be given"),
         ("@label @FLUENT_LOG\n", "@label @OTHER\n", "@label @OTHER has no <label @OTHER>"),
         ("<parse>", "<prase>", "</parse> ends no section"),
@@ -124,7 +133,7 @@ def test_values_are_read_as_fluentd_reads_them(
         with pytest.raises(ConfigError):
             read(tmp_path, text)
     else:
-        command = read(tmp_path, text).sources[2]
+        command = read(tmp_path, text).sources[3]
         assert isinstance(command, ExecSource)
         assert command.command == meant
 

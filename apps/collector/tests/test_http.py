@@ -123,7 +123,7 @@ def test_a_body_of_too_many_values_is_a_413_in_bounded_memory(door: Collector) -
 
 
 def test_only_post_is_known(door: Collector) -> None:
-    for method in "GET", "PUT", "DELETE":
+    for method in "GET", "HEAD", "PUT", "DELETE":
         answer = ask(door, method=method)
         assert (answer.status, answer.headers["Allow"]) == (405, "POST")
     assert stored(door) == []
