@@ -1,18 +1,20 @@
-"""One scrape of the broker for each GET of /metrics."""
+"""One scrape of the broker, and of Fluentd, for each GET of /metrics."""
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from aiohttp import web
 from prometheus_client import Metric, generate_latest
 from prometheus_client.registry import Collector
 
 from exporter import __version__
-from exporter.broker import Broker, BrokerFailure
+from exporter.broker import Broker, NoAnswer
 from exporter.families import Families, Origin, Record, ShapeError, family, parse
+from exporter.fluentd import Fluentd, plugin_families, plugins_in
 from exporter.settings import Settings
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -29,7 +31,7 @@ log = logging.getLogger("exporter")
 
 @dataclass
 class Answer:
-    """What came of asking for one module."""
+    """What came of asking for one module, or Fluentd."""
 
     records: list[Record] = field(default_factory=list)
     # Why nothing came; empty when all is well.
@@ -41,12 +43,20 @@ class Scrape(Collector):
     """The metrics of one scrape, for generate_latest."""
 
     def __init__(
-        self, settings: Settings, origin: Origin | None, answers: dict[str, Answer]
+        self,
+        settings: Settings,
+        origin: Origin | None,
+        answers: dict[str, Answer],
+        fluentd: Answer | None,
     ) -> None:
-        """Tell of answers under the labels of origin; None: no broker was ever seen."""
+        """Tell of answers under the labels of origin; None: no broker was ever seen.
+
+        fluentd is None when it was not asked.
+        """
         self._settings = settings
         self._origin = origin
         self._answers = answers
+        self._fluentd = fluentd
 
     @property
     def up(self) -> bool:
@@ -71,15 +81,18 @@ class Scrape(Collector):
             for module, answer in self._answers.items():
                 if not answer.failure:
                     yield from families.of(module, answer.records)
+        if self._fluentd:
+            yield from plugin_families(self._fluentd.records, not self._fluentd.failure)
 
 
 class Exporter:
-    """Asks the broker, and remembers of it what the next failure needs."""
+    """Asks the broker and Fluentd, and remembers of them what the next failure needs."""
 
-    def __init__(self, settings: Settings, broker: Broker) -> None:
+    def __init__(self, settings: Settings, broker: Broker, fluentd: Fluentd | None) -> None:
         """Ask nothing yet."""
         self._settings = settings
         self._broker = broker
+        self._fluentd = fluentd
         self._origin: Origin | None = None
         self._failures: dict[str, str] = {}
         # As the last scrape found the broker, and well before the first.
@@ -89,12 +102,17 @@ class Exporter:
         """Return the metrics in Prometheus' text format, from answers that came just now."""
         deadline = asyncio.get_running_loop().time() + self._settings.timeout
         overview = asyncio.create_task(self._ask("overview", deadline))
+        names = ["overview", *self._settings.modules]
         others = [self._module(name, deadline, overview) for name in self._settings.modules]
+        if self._fluentd:
+            names.append("fluentd")
+            others.append(_answer(self._fluentd.get(deadline), plugins_in))
         answers = await asyncio.gather(overview, *others)
-        named = dict(zip(("overview", *self._settings.modules), answers, strict=True))
+        named = dict(zip(names, answers, strict=True))
         for name, answer in named.items():
             self._tell(name, answer.failure)
-        scrape = Scrape(self._settings, self._seen(named["overview"]), named)
+        told = named.pop("fluentd", None)
+        scrape = Scrape(self._settings, self._seen(named["overview"]), named, told)
         self.up = scrape.up
         # A thousand queues take most of a second, in which others want their answers, too.
         return await asyncio.to_thread(generate_latest, scrape)
@@ -115,15 +133,7 @@ class Exporter:
         return await self._ask(name, deadline)
 
     async def _ask(self, module: str, deadline: float) -> Answer:
-        started = time.perf_counter()
-        answer = Answer()
-        try:
-            body = await self._broker.get(module, deadline)
-            answer.records = await asyncio.to_thread(parse, module, body)
-        except (BrokerFailure, ShapeError) as error:
-            answer.failure = str(error)
-        answer.seconds = time.perf_counter() - started
-        return answer
+        return await _answer(self._broker.get(module, deadline), partial(parse, module))
 
     def _tell(self, module: str, failure: str) -> None:
         """Log what changed: one line for each new failure of module, and one for its end."""
@@ -136,10 +146,23 @@ class Exporter:
             log.info("%s: answered again", module)
 
 
+async def _answer(question: Awaitable[bytes], parse: Callable[[bytes], list[Record]]) -> Answer:
+    """Return what parse makes of question's bytes."""
+    started = time.perf_counter()
+    answer = Answer()
+    try:
+        answer.records = await asyncio.to_thread(parse, await question)
+    except (NoAnswer, ShapeError) as error:
+        answer.failure = str(error)
+    answer.seconds = time.perf_counter() - started
+    return answer
+
+
 async def create_app(settings: Settings) -> web.Application:
     """Return the exporter's HTTP server; ConfigError when a file for TLS cannot be used."""
     broker = Broker(settings)
-    exporter = Exporter(settings, broker)
+    fluentd = Fluentd(settings.fluentd_url, settings.timeout) if settings.fluentd_url else None
+    exporter = Exporter(settings, broker, fluentd)
 
     async def welcome(_: web.Request) -> web.Response:
         return web.Response(text=WELCOME, content_type="text/html")
@@ -152,6 +175,8 @@ async def create_app(settings: Settings) -> web.Application:
 
     async def close(_: web.Application) -> None:
         await broker.close()
+        if fluentd:
+            await fluentd.close()
 
     app = web.Application()
     app.add_routes(

@@ -2,6 +2,8 @@
 
 import asyncio
 from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import aiohttp
 
@@ -17,8 +19,29 @@ PATHS = {
 }
 
 
-class BrokerFailure(Exception):  # noqa: N818 - a state of the broker, not a fault
-    """The broker gave no answer that could be used; the text says why, in one line."""
+class NoAnswer(Exception):  # noqa: N818 - a state of who is asked, not a fault
+    """There was no answer that could be used; the text says why, in one line."""
+
+
+@asynccontextmanager
+async def answer(
+    session: aiohttp.ClientSession, url: str, deadline: float, seconds: int
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Ask url; it and what is done with its answer end by deadline in the loop's time.
+
+    Raises NoAnswer, which calls the deadline one of so many seconds.
+    """
+    try:
+        async with asyncio.timeout_at(deadline), session.get(url) as response:
+            if response.status != 200:
+                raise NoAnswer(f"HTTP {response.status}")
+            yield response
+    except TimeoutError:
+        raise NoAnswer(f"no answer within {seconds} s") from None
+    except aiohttp.ClientPayloadError:
+        raise NoAnswer("the answer broke off") from None
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise NoAnswer(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 class Broker:
@@ -47,18 +70,8 @@ class Broker:
     async def get(self, module: str, deadline: float) -> bytes:
         """Return the answer for module, whole by deadline in the loop's time.
 
-        Raises BrokerFailure.
+        Raises NoAnswer.
         """
-        try:
-            async with asyncio.timeout_at(deadline):
-                url = f"{self._settings.url}/api/{PATHS[module]}"
-                async with self._session.get(url) as response:
-                    if response.status != 200:
-                        raise BrokerFailure(f"HTTP {response.status}")
-                    return await response.read()
-        except TimeoutError:
-            raise BrokerFailure(f"no answer within {self._settings.timeout} s") from None
-        except aiohttp.ClientPayloadError:
-            raise BrokerFailure("the answer broke off") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise BrokerFailure(" ".join(str(error).split()) or type(error).__name__) from None
+        url = f"{self._settings.url}/api/{PATHS[module]}"
+        async with answer(self._session, url, deadline, self._settings.timeout) as response:
+            return await response.read()

@@ -244,17 +244,24 @@ class Origin:
 
 def parse(module: str, body: bytes) -> list[Record]:
     """Return what body, module's answer, tells of; ShapeError when that cannot be."""
+    answer = decode(body)
+    names = {"overview": ("node", "cluster_name"), "connections": ()}.get(module, ("name",))
+    return records([answer] if module == "overview" else answer, names)
+
+
+def decode(body: bytes) -> Any:
+    """Return body's JSON with every number as a float; ShapeError when it is none."""
     try:
         # Whole numbers as floats: these have no end at which Python refuses them.
-        answer = json.loads(
-            body.decode("utf-8", "replace"), parse_int=float, parse_constant=_refuse
-        )
+        return json.loads(body.decode("utf-8", "replace"), parse_int=float, parse_constant=_refuse)
     except (ValueError, RecursionError):
         raise ShapeError("the answer is no JSON") from None
-    found = [answer] if module == "overview" else answer
+
+
+def records(found: Any, names: Iterable[str]) -> list[Record]:
+    """Return the things in found, which each have a text of these names; ShapeError."""
     if not isinstance(found, list) or not all(isinstance(fields, dict) for fields in found):
         raise ShapeError("the answer is JSON of an unexpected shape")
-    names = {"overview": ("node", "cluster_name"), "connections": ()}.get(module, ("name",))
     for name in names:
         if not all(isinstance(fields.get(name), str) for fields in found):
             raise ShapeError(f"the answer lacks a {name}")
@@ -280,12 +287,17 @@ def _numbers(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def family(
-    name: str, text: str, samples: Iterable[tuple[Labels, float]], kind: Kind = GaugeMetricFamily
+    name: str,
+    text: str,
+    samples: Iterable[tuple[Labels, float]],
+    kind: Kind = GaugeMetricFamily,
+    prefix: str = "rabbitmq_",
 ) -> Iterator[Metric]:
-    """Yield the family rabbitmq_{name}, unless it has no samples."""
-    metric = kind(f"rabbitmq_{name}", text)
+    """Yield the family {prefix}{name}, unless it has no samples."""
+    name = prefix + name
+    metric = kind(name, text)
     # Not add_metric, which makes another dict of every sample's labels.
-    metric.samples = [Sample(f"rabbitmq_{name}", labels, value) for labels, value in samples]
+    metric.samples = [Sample(name, labels, value) for labels, value in samples]
     if metric.samples:
         yield metric
 

@@ -1,5 +1,7 @@
 """What the exporter is told by its environment, under the names of kbudde/rabbitmq_exporter.
 
+FLUENTD_URL is not among those: it is this exporter's own.
+
 `python3 -m exporter.settings` checks it with nothing installed, and without the files that it
 names: they need not be on the machine that checks.
 """
@@ -60,9 +62,11 @@ class Settings:
     password: str = field(default="guest", repr=False)
     # The broker is reached through a load balancer, so `self` would say nothing of a node.
     loadbalancer: bool = False
+    # Of Fluentd's monitor_agent; None: it is not asked.
+    fluentd_url: str | None = None
     # Besides the overview, which is always asked.
     modules: tuple[str, ...] = ("exchange", "node", "queue")
-    # Seconds that a whole scrape waits for the broker.
+    # Seconds that a whole scrape waits for the broker and Fluentd.
     timeout: int = 30
     # With more queues than this no queue is told; 0: no limit.
     max_queues: int = 0
@@ -83,7 +87,7 @@ class Settings:
 
     @classmethod
     def read(cls, variables: Mapping[str, str], *, with_files: bool = True) -> Self:
-        """Read RABBIT_*, PUBLISH_*, filters and the rest; ConfigError by name.
+        """Read RABBIT_*, FLUENTD_URL, PUBLISH_*, filters and the rest; ConfigError by name.
 
         An empty value counts as none. Without with_files no login is read from a file: it is
         empty then.
@@ -100,6 +104,7 @@ class Settings:
             url=_url(env, cls.url),
             user=user,
             password=_login(env, "RABBIT_PASSWORD", "guest", with_files),
+            fluentd_url=_fluentd_url(env),
             loadbalancer=connection == "loadbalancer",
             modules=_modules(env, cls.modules),
             timeout=env.number("RABBIT_TIMEOUT", cls.timeout, 1, 3600),
@@ -142,10 +147,24 @@ def _url(env: Environment, default: str) -> str:
     url = env.text("RABBIT_URL", default)
     if "@" in url:
         raise ConfigError("RABBIT_URL must have no login in it; set RABBIT_USER, RABBIT_PASSWORD")
-    match = _URL.fullmatch(url)
-    if not match or not 1 <= int(match["port"] or 80) <= 65535:
+    if not _is_url(url):
         raise ConfigError("RABBIT_URL must be http://HOST:PORT or https://HOST:PORT")
     return url.rstrip("/")
+
+
+def _fluentd_url(env: Environment) -> str | None:
+    """Return FLUENTD_URL without a slash at its end; no error has it, as it may hold a password."""
+    url = env.optional("FLUENTD_URL")
+    if url is None:
+        return None
+    if not url.lower().startswith("http:") or not _is_url(url):
+        raise ConfigError("FLUENTD_URL must be http://HOST:PORT, of Fluentd's monitor_agent")
+    return url.rstrip("/")
+
+
+def _is_url(url: str) -> bool:
+    match = _URL.fullmatch(url)
+    return bool(match and 1 <= int(match["port"] or 80) <= 65535)
 
 
 def _login(env: Environment, name: str, default: str, with_files: bool) -> str:

@@ -25,8 +25,9 @@ def test_an_empty_environment_gives_the_original_s_defaults() -> None:
     assert (settings.user, settings.password) == ("guest", "guest")
     assert (settings.address, settings.port) == ("", 9419)
     assert (settings.timeout, settings.max_queues) == (30, 0)
+    assert settings.fluentd_url is None
     assert sorted(settings.modules) == ["exchange", "node", "queue"]
-    assert settings == Settings.read(dict.fromkeys(["RABBIT_URL", "INCLUDE_QUEUES", "CAFILE"], ""))
+    assert settings == Settings.read(dict.fromkeys(["RABBIT_URL", "FLUENTD_URL", "CAFILE"], ""))
     assert settings == Settings.read({"RABBIT_CAPABILITIES": "no_sort,bert"})
 
 
@@ -36,6 +37,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     settings = Settings.read(
         {
             "RABBIT_URL": "https://[::1]:15671/prefix/",
+            "FLUENTD_URL": "http://fluentd:24220/",
             "RABBIT_USER": "monitor",
             "RABBIT_PASSWORD_FILE": str(secret),
             "RABBIT_CONNECTION": "loadbalancer",
@@ -55,6 +57,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     )
     assert settings == Settings(
         url="https://[::1]:15671/prefix",
+        fluentd_url="http://fluentd:24220",
         user="monitor",
         password="s3cret",
         loadbalancer=True,
@@ -77,6 +80,8 @@ FILTERS = [f"{kind}_{what}" for kind in ("INCLUDE", "SKIP") for what in ("QUEUES
 BAD = [
     *[("RABBIT_URL", url) for url in ["broker:15672", "ftp://broker", "http://", "http://b:0"]],
     *[("RABBIT_URL", url) for url in ["http://b:99999", "http://a b", "http://b/?x=1"]],
+    *[("FLUENTD_URL", url) for url in ["fluentd:24220", "https://f", "http://", "http://f:0"]],
+    *[("FLUENTD_URL", url) for url in ["http://f:99999", "http://a b", "http://f/?x=1"]],
     ("RABBIT_USER", "a:b"),
     ("RABBIT_USER_FILE", "/nowhere"),
     ("RABBIT_PASSWORD_FILE", "/nowhere"),
@@ -102,7 +107,7 @@ def test_a_bad_value_stops_the_start_by_name(name: str, value: str) -> None:
         Settings.read({name: value})
     last = value.split(",")[-1]
     assert (
-        name == "RABBIT_URL" or last in str(caught.value) or "need each other" in str(caught.value)
+        name.endswith("_URL") or last in str(caught.value) or "need each other" in str(caught.value)
     )
 
 
@@ -123,6 +128,7 @@ def test_no_error_and_no_repr_shows_a_secret(tmp_path: Path) -> None:
         {"RABBIT_URL": "http://guest:s3cret@broker"},
         {"RABBIT_URL": "guest:s3cret@broker"},
         {"RABBIT_URL": "http://guest:s3cret"},
+        {"FLUENTD_URL": "http://guest:s3cret@fluentd:24220"},
         {"RABBIT_PASSWORD": "s3cret", "RABBIT_PASSWORD_FILE": str(empty)},
         {"RABBIT_PASSWORD_FILE": str(empty)},
     ]:
@@ -151,7 +157,11 @@ def test_the_check_needs_nothing_installed_and_no_file() -> None:
 
 
 def test_the_check_tells_of_a_bad_value_in_one_line() -> None:
-    done = check(INCLUDE_QUEUES="(")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("exporter: INCLUDE_QUEUES is no regular expression: ")
-    assert done.stderr.count("\n") == 1
+    for variables, said in [
+        ({"INCLUDE_QUEUES": "("}, "INCLUDE_QUEUES is no regular expression: "),
+        ({"FLUENTD_URL": "fluentd"}, "FLUENTD_URL must be http://HOST:PORT"),
+    ]:
+        done = check(**variables)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"exporter: {said}")
+        assert done.stderr.count("\n") == 1
