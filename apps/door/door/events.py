@@ -162,6 +162,8 @@ class Event:
     def __init__(self, sink: Sink | None, request_id: str | None) -> None:
         """Begin now; a request_id that is missing or not a GOOD_ID is replaced by a new one."""
         self.started = time.perf_counter()
+        # Seconds of the time since then in which nothing was to be done, as the client asked.
+        self.waited = 0.0
         self.request_id = good_id(request_id) or uuid.uuid4().hex
         self.fields: dict[str, Value] = {}
         # Whether somebody tells it later than with the response.

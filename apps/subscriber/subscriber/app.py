@@ -1,6 +1,7 @@
 """The subscriber's routes: messages for whoever asks, taken off the queue once they have them."""
 
 import json
+import time
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
@@ -67,7 +68,10 @@ def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = No
             abort(400, "ack must be auto or manual.")
         as_json = most > 0 or request.accept_mimetypes.best == "application/json"
 
+        asked = time.perf_counter()
         deliveries = broker.get(wait=wait)
+        if wait:
+            event.waited = time.perf_counter() - asked
         if not deliveries:
             return nothing(as_json)
         many = most > 1

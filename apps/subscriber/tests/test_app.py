@@ -23,6 +23,7 @@ from door.server import SOCKET
 from door.settings import Access
 from flask.testing import FlaskClient
 from pika.spec import BasicProperties
+from prometheus_client import REGISTRY
 from subscriber.app import MAX_BATCHES, create_app
 from subscriber.delivery import Delivery
 from subscriber.leases import Leases
@@ -226,6 +227,23 @@ def test_a_request_waits_for_the_first_message_and_takes_the_others_that_are_the
     broker.queue = [b"a"]
     assert client.get(f"/receive{query}").status_code == 200
     assert broker.asked == asked
+
+
+def test_the_time_that_a_client_asked_to_wait_is_none_of_the_request_s_duration(
+    client: FlaskClient, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def duration() -> float:
+        labels = {"route": "/receive"}
+        return REGISTRY.get_sample_value("http_request_duration_seconds_sum", labels) or 0
+
+    get = broker.get
+    monkeypatch.setattr(broker, "get", lambda **asked: (gevent.sleep(0.3), get(**asked))[1])
+    before = duration()
+    assert client.get("/receive?wait=1").status_code == 200
+    assert duration() - before < 0.2
+    # One that is to be answered at once is slow.
+    assert client.get("/receive?wait=0").status_code == 200
+    assert duration() - before > 0.3
 
 
 @pytest.mark.parametrize(
