@@ -3,7 +3,9 @@
 promtool and amtool are those of the images that will read the files.
 """
 
+import csv
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,44 @@ from support import ROOT, Rendered, render, run_in
 
 CASES = sorted((ROOT / "tests/alerts").glob("*.yml"))
 CONFIG = "alertmanager/alertmanager.yml"
+# What RabbitMQ's plugin tells by the same names and labels from 4.0 to 4.3.
+PLUGIN = {
+    "rabbitmq_alarms_free_disk_space_watermark",
+    "rabbitmq_alarms_memory_used_watermark",
+    "rabbitmq_auth_attempts_failed_total",
+    "rabbitmq_build_info",
+    "rabbitmq_connections_opened_total",
+    "rabbitmq_detailed_queue_messages",
+    "rabbitmq_detailed_queue_messages_ready",
+    "rabbitmq_detailed_queue_messages_unacked",
+    "rabbitmq_disk_space_available_bytes",
+    "rabbitmq_disk_space_available_limit_bytes",
+    "rabbitmq_global_messages_unroutable_dropped_total",
+    "rabbitmq_global_messages_unroutable_returned_total",
+    "rabbitmq_process_max_fds",
+    "rabbitmq_process_open_fds",
+    "rabbitmq_process_resident_memory_bytes",
+    "rabbitmq_resident_memory_limit_bytes",
+}
+DOORS = {
+    "broker_up",
+    "events_dropped_total",
+    "http_request_duration_seconds_bucket",
+    "http_requests_total",
+}
+FLUENTD = {
+    "fluentd_output_status_buffer_available_space_ratio",
+    "fluentd_output_status_retry_count",
+    "fluentd_up",
+}
+MONITORING = {
+    "alertmanager_config_last_reload_successful",
+    "alertmanager_notifications_failed_total",
+    "prometheus_config_last_reload_successful",
+    "prometheus_notifications_errors_total",
+    "prometheus_rule_evaluation_failures_total",
+    "up",
+}
 TEAM = {
     "name": "team",
     "webhook_configs": [{"url_file": "/etc/alertmanager/secrets/team_url"}],
@@ -36,16 +76,28 @@ ROUTE = {
 }
 
 
-@pytest.fixture(scope="module")
-def prometheus(rendered: Rendered) -> dict[str, str]:
-    """Return the folder of Prometheus' configuration, path by path."""
+def configuration(texts: dict[str, str]) -> dict[str, str]:
+    """Return the folder of Prometheus' configuration, path by path, of all that was rendered."""
     files = {
         name.removeprefix("prometheus/"): text
-        for name, text in rendered.first.items()
+        for name, text in texts.items()
         if name.startswith("prometheus/")
     }
     plain = ROOT / "roles/monitoring/files/prometheus"
     return files | {str(path.relative_to(plain)): path.read_text() for path in plain.rglob("*.yml")}
+
+
+@pytest.fixture(scope="module")
+def prometheus(rendered: Rendered) -> dict[str, str]:
+    """Return the folder of Prometheus' configuration, path by path."""
+    return configuration(rendered.first)
+
+
+@pytest.fixture(scope="module")
+def prometheus_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the same where the broker has three nodes."""
+    nodes = ["broker1", "broker2", "broker3"]
+    return configuration(render(tmp_path_factory.mktemp("cluster"), stack_nodes=nodes))
 
 
 @pytest.fixture(scope="module")
@@ -80,27 +132,65 @@ def test_promtool_takes_the_configuration(
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_the_rules_do_what_their_cases_say(
-    images: dict[str, str], prometheus: dict[str, str], case: Path
+    images: dict[str, str], request: pytest.FixtureRequest, case: Path
 ) -> None:
-    files = {**prometheus, "case.yml": case.read_text()}
+    nodes = "prometheus_of_three" if case.stem == "cluster" else "prometheus"
+    files = {**request.getfixturevalue(nodes), "case.yml": case.read_text()}
     done = run_in(images["prometheus"], files, "promtool test rules case.yml")
     assert done.returncode == 0, done.stdout
     assert "SUCCESS" in done.stdout
 
 
-def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not_yet(
+def test_every_alert_is_seen_to_fire_and_at_least_twice_not_to(
+    alerts: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tests = [test for case in CASES for test in yaml.safe_load(case.read_text())["tests"]]
+    checks = [check for test in tests for check in test.get("alert_rule_test", [])]
+    fired = Counter(check["alertname"] for check in checks if check.get("exp_alerts"))
+    silent = Counter(check["alertname"] for check in checks if not check.get("exp_alerts"))
+    assert fired.keys() == alerts.keys()
+    assert silent.keys() == alerts.keys() - {"Watchdog"}
+    assert {name for name, count in silent.items() if count < 2} == set()
+    sums = sum(len(test.get("promql_expr_test", [])) for test in tests)
+    with capsys.disabled():
+        print(
+            f"\n  {len(alerts)} rules, {len(tests)} cases, {len(checks) + sums} checks:"
+            f" {fired.total()} that one fires, {silent.total()} that one does not,"
+            f" {sums} of what fires in all"
+        )
+
+
+def names(expression: str) -> set[str]:
+    """Return the names of metrics in a rule's expression."""
+    if name := re.search(r'__name__=~"\((\w+)\|(\w+)\)(\w+)"', expression):
+        return {name[1] + name[3], name[2] + name[3]}
+    bare = re.sub(r"\{.*?\}|\[.*?\]|\b(by|without|on) \(.*?\)", "", expression)
+    words = set(re.findall(r"(?<!\w)[a-z]\w*\b(?!\()", bare))
+    return words - {"and", "or", "unless", "offset", "count", "max", "min", "sum"}
+
+
+def test_a_rule_reads_what_every_supported_broker_and_the_stack_tell_and_a_case_what_a_rule_reads(
     alerts: dict[str, Any],
 ) -> None:
-    checks = [
-        check
+    lines = (ROOT / "apps/exporter/tests/families.tsv").read_text().splitlines()[1:]
+    exporter = {
+        line["name"]
+        for line in csv.DictReader(lines, delimiter="\t")
+        if line["on_4.0.5"] == line["default_scrape"] == "yes"
+    }
+    source = "".join(path.read_text() for path in (ROOT / "apps/door/door").glob("*.py"))
+    assert all(f'"{re.sub("_(total|bucket)$", "", name)}"' in source for name in DOORS)
+    read = {name for rule in alerts.values() for name in names(rule["expr"])}
+    assert read - exporter == PLUGIN | DOORS | FLUENTD | MONITORING
+
+    series = {
+        series["series"].partition("{")[0]
         for case in CASES
         for test in yaml.safe_load(case.read_text())["tests"]
-        for check in test.get("alert_rule_test", [])
-    ]
-    fired = {check["alertname"] for check in checks if check.get("exp_alerts")}
-    silent = {check["alertname"] for check in checks if not check.get("exp_alerts")}
-    assert fired == alerts.keys()
-    assert silent == alerts.keys() - {"Watchdog"}
+        for series in test.get("input_series", [])
+    }
+    assert series - read == {"other_config_last_reload_successful"}
+    assert read - series == set()
 
 
 def test_every_alert_says_how_bad_it_is_what_is_wrong_and_where_to_read_on(

@@ -146,7 +146,6 @@ CASES = [
         },
         ["monitoring_prometheus_rules", "missing/*.yml is no file", "is ansible.cfg; "],
     ),
-    ({"monitoring_prometheus_backlog_for": "soon"}, ["monitoring_prometheus_backlog_for is soon"]),
     (
         {"monitoring_alertmanager_receivers": [RECEIVER]},
         ["/etc/alertmanager/secrets/team_url", "monitoring_alertmanager_secrets"],
@@ -180,6 +179,14 @@ CASES = [
             "refused_by": [],
         },
         ["rabbitmq_host_name", "another", "to broker1"],
+    ),
+    (
+        {"monitoring_prometheus_alerts": {"RabbitMQDwon": {"for": "1m"}}},
+        ["monitoring_prometheus_alerts", "RabbitMQDwon", "no alert has this name"],
+    ),
+    (
+        {"monitoring_prometheus_alerts": {"RabbitMQBacklog": {"for": "soon", "over": 5}}},
+        ["RabbitMQBacklog has over, soon;", "'above': 100"],
     ),
 ]
 
