@@ -1,4 +1,4 @@
-# make up | status | logs | down | clean | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
+# make up | status | logs | down | clean | backup | restore FILE=… | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
 SHELL := /bin/bash
 INVENTORY ?= inventory/local.yml
 ARGS ?=
@@ -15,14 +15,18 @@ PYTEST = pytest --durations=5
 S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images test lint unit unit-python unit-alerts molecule test-host test-bare bench chaos requirements
+.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-alerts molecule test-host test-bare bench chaos requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
 	$(PLAYBOOK) playbooks/site.yml playbooks/status.yml
 
-status down clean images: .venv/.run
+status down clean images backup: .venv/.run
 	$(PLAYBOOK) playbooks/$@.yml
+
+# FILE: an archive of `make backup`.
+restore: .venv/.run
+	$(PLAYBOOK) --extra-vars='{"backup_file": "$(FILE)"}' playbooks/restore.yml playbooks/status.yml
 
 # On the Docker host itself. Tomorrow's files, too: tail waits for what is not there yet.
 logs:
@@ -45,6 +49,7 @@ lint: .venv/.test
 	ruff format --check
 	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
+	mypy roles/backup/files/archive.py
 
 unit: unit-python unit-alerts
 

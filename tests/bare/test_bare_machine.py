@@ -4,6 +4,7 @@ The machine is a container of Debian without an engine; PID 1 is not systemd. Th
 each other, in the order of this file. KEEP=1 leaves the machine for a look inside.
 """
 
+import json
 import os
 import re
 import secrets
@@ -298,6 +299,74 @@ def test_make_down_keeps_messages_and_passwords_for_the_next_make_up(
     say(f"make down: {seconds['down']:.0f} s, make up after it: {seconds['back']:.0f} s")
     assert machine.run("curl --fail --silent http://localhost:5001/receive") == "kept\n"
     assert machine.run("cat inventory/.secrets/broker/*") == passwords
+
+
+def test_make_backup_packs_all_and_lets_the_containers_go_on(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    send = "curl --fail --silent --data-binary @- http://localhost:5000/batch"
+    assert json.loads(machine.run(f"seq --format='\"%.0f\"' 1000 | {send}")) == {"sent": 1000}
+    containers = "docker ps --all --quiet --no-trunc"
+    before = machine.run(containers)
+    output = timed(machine, seconds, "backup", "make backup", 120)
+    still = re.search(r"stood\s+still\s+for\s+(\d+)\s+s", output)
+    assert still, output[-2000:]
+    say(f"make backup: {seconds['backup']:.0f} s, the broker stood still for {still[1]} of them")
+    assert machine.run(containers) == before
+    assert len(machine.run("docker ps --quiet --filter health=healthy").split()) == len(SERVICES)
+    for port in (5000, 5001):
+        machine.run(f"curl --fail --silent 'http://localhost:{port}/healthz?ready'")
+    modes = machine.run("stat --format=%a backups backups/*; ls --almost-all backups /var/tmp")
+    assert re.fullmatch(r"700\n600\n/var/tmp:\n\nbackups:\nbroker-broker1-\S+Z[.]tar[.]gz\n", modes)
+
+
+def test_make_restore_refuses_what_is_no_archive_and_changes_nothing(machine: Machine) -> None:
+    # From here on it is a new host, but for the images: to build them again takes minutes.
+    machine.run("docker ps --all --quiet | xargs docker rm --force")
+    machine.run("docker volume ls --quiet | xargs docker volume rm; docker network rm broker")
+    machine.run("mv inventory/.secrets/broker /root/passwords")
+    machine.run("rm -r /etc/message-broker-stack /var/lib/message-broker-stack /tmp/file")
+    look = (
+        "docker ps --all; docker volume ls; docker network ls; "
+        "ls --almost-all inventory/.secrets backups /etc /var/lib /var/tmp /tmp"
+    )
+    as_new = machine.run(look)
+    machine.run("head --bytes=-1000 backups/*.gz > /root/cut.tar.gz")
+    machine.run("tar --create --gzip --file=/root/foreign.tar.gz README.md")
+    for name, said in {"cut": "is cut off", "foreign": "begins with 'README.md'"}.items():
+        done = machine.attempt(f"make restore FILE=/root/{name}.tar.gz")
+        assert done.returncode != 0
+        assert f"/root/{name}.tar.gz" in done.stdout + done.stderr
+        assert said in done.stdout + done.stderr
+    assert machine.run(look) == as_new
+
+
+def test_make_restore_brings_a_new_host_what_the_old_one_had(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    archive = machine.run("ls backups/*.tar.gz").strip()
+    taken = int(machine.run(f"stat --format=%Y {archive}"))
+    output = timed(machine, seconds, "restore", f"make restore FILE={archive}", 360)
+    say(f"make restore: {seconds['restore']:.0f} s")
+    shown = table(output)
+    for service in SERVICES:
+        assert re.search(r" \w+://localhost:\d+ Up ", shown.get(service, "")), output[-2000:]
+
+    received = machine.run("curl --fail --silent 'http://localhost:5001/receive?max=1000'")
+    bodies = [json.loads(line)["body"] for line in received.splitlines()]
+    assert bodies == [str(number) for number in range(1, 1001)]
+
+    machine.run("diff --recursive inventory/.secrets/broker /root/passwords")
+    login = "--user admin:$(cat /root/passwords/rabbitmq_admin)"
+    policies = machine.run(f"curl --fail --silent {login} http://localhost:15672/api/policies")
+    assert {policy["name"] for policy in json.loads(policies)} == {"dead-letter", "redrive"}
+
+    # The new host's own Prometheus began after that.
+    query = f"query_range?query=up&start={taken - 900}&end={taken - 5}&step=5"
+    graph = machine.run(f"curl --fail --silent 'http://localhost:9090/api/v1/{query}'")
+    series = json.loads(graph)["data"]["result"]
+    up = {one["metric"]["job"] for one in series if ["1"] in [value[1:] for value in one["values"]]}
+    assert {"rabbitmq", "publisher"} <= up, up
 
 
 def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(

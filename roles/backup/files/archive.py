@@ -1,0 +1,285 @@
+"""The archives of `make backup`: pack, check, unpack.
+
+An archive is a gzipped tar. Its first member, manifest.json, says whose it is and names every other
+member in order, with size and SHA-256; nothing else is in it, and nothing but regular files. All of
+it is streamed: memory is bounded whatever an archive claims to be. Needs Python's own library only.
+"""
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+FORMAT = "message-broker-stack backup"
+VERSION = 1
+
+MANIFEST = "manifest.json"
+MANIFEST_MAX = 1 << 20
+# The volumes by the name of their container, and the folder of what is remembered about them.
+DATA = ("rabbitmq.tar", "prometheus.tar", "alertmanager.tar", "state.tar")
+REQUIRED = ("definitions.json", *DATA)
+SECRET = re.compile(r"secrets/[A-Za-z0-9_][A-Za-z0-9_.-]{0,90}")
+
+BLOCK = 512
+CHUNK = 1 << 20
+# tar ends with two empty blocks, and fills up its last record of twenty.
+PADDING_MAX = 21 * BLOCK
+
+
+class ArchiveError(Exception):
+    """What is wrong with an archive, or with what is to go into one."""
+
+
+class Reader:
+    """One pass over an archive, from its beginning to its end."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        """Begin at the first byte of the unpacked stream."""
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        """Return size bytes, at most CHUNK."""
+        try:
+            data = self.stream.read(size)
+        except EOFError:
+            data = b""
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ArchiveError(f"is damaged, or no archive of `make backup`: {error}") from error
+        if len(data) < size:
+            raise ArchiveError("is cut off")
+        return data
+
+    def header(self) -> tarfile.TarInfo:
+        """Return the next member's header: one block, so that nothing long is read before it."""
+        try:
+            member = tarfile.TarInfo.frombuf(self.read(BLOCK), "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise ArchiveError(f"is no archive of `make backup`: {error}") from error
+        if member.type != tarfile.REGTYPE:
+            raise ArchiveError(f"has {member.name!r} in it, which is no regular file")
+        return member
+
+    def content(self, size: int, write: Callable[[bytes], object]) -> None:
+        """Hand the size bytes of a member to write."""
+        left = size
+        while left:
+            data = self.read(min(left, CHUNK))
+            write(data)
+            left -= len(data)
+        self.read(-size % BLOCK)
+
+    def end(self) -> None:
+        """Refuse whatever comes but the end; it is there that gzip compares its checksum."""
+        try:
+            rest = self.stream.read(PADDING_MAX)
+        except EOFError:
+            rest = b""
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise ArchiveError(f"is damaged: {error}") from error
+        if len(rest) < 2 * BLOCK:
+            raise ArchiveError("is cut off")
+        if any(rest) or len(rest) == PADDING_MAX:
+            raise ArchiveError("has something behind its end")
+
+
+def read(archive: Path, into: Path | None = None) -> dict[str, Any]:
+    """Return the manifest once the whole archive is as it says; write the members into a folder."""
+    if archive.stat().st_size == 0:
+        raise ArchiveError("is empty")
+    with gzip.open(archive) as stream:
+        reader = Reader(cast(BinaryIO, stream))
+        first = reader.header()
+        if first.name != MANIFEST:
+            raise ArchiveError(
+                f"is no archive of `make backup`: it begins with {first.name!r}, not {MANIFEST}"
+            )
+        if first.size > MANIFEST_MAX:
+            raise ArchiveError(f"has a manifest of {first.size} bytes; {MANIFEST_MAX} are the most")
+        text = bytearray()
+        reader.content(first.size, text.extend)
+        manifest = judge(bytes(text))
+        if into:
+            room(into, sum(member["size"] for member in manifest["members"]))
+        for expected in manifest["members"]:
+            compare(reader, expected, into)
+        reader.end()
+    return manifest
+
+
+def judge(text: bytes) -> dict[str, Any]:
+    """Return the manifest, all of whose fields are there and of their types."""
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"has a manifest that is no JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ArchiveError(f"has a manifest of another format; it must be {FORMAT!r}")
+    if manifest.get("version") != VERSION:
+        raise ArchiveError(
+            f"has the format {manifest.get('version')!r:.20}; this version of the project reads "
+            f"{VERSION}: restore with the version that made it"
+        )
+    for name in ("stack_name", "host", "node", "time"):
+        if not isinstance(manifest.get(name), str):
+            raise ArchiveError(f"has a manifest without {name}")
+    members = manifest.get("members")
+    if not isinstance(members, list) or not all(map(well_formed, members)):
+        raise ArchiveError("has a manifest whose members are not as `make backup` writes them")
+    names = [member["name"] for member in members]
+    if tuple(names[: len(REQUIRED)]) != REQUIRED or len(set(names)) != len(names):
+        raise ArchiveError(f"names other members than {', '.join(REQUIRED)} and secrets/…")
+    return manifest
+
+
+def well_formed(member: object) -> bool:
+    """Tell whether a member has a name that may be written, a size and a SHA-256."""
+    return (
+        isinstance(member, dict)
+        and member.keys() == {"name", "size", "sha256"}
+        and isinstance(member["name"], str)
+        and (member["name"] in REQUIRED or SECRET.fullmatch(member["name"]) is not None)
+        and type(member["size"]) is int
+        and member["size"] >= 0
+        and isinstance(member["sha256"], str)
+    )
+
+
+def compare(reader: Reader, expected: dict[str, Any], into: Path | None) -> None:
+    """Read the next member, which must be what the manifest says; write it into a folder."""
+    found = reader.header()
+    name: str = expected["name"]
+    if (found.name, found.size) != (name, expected["size"]):
+        raise ArchiveError(
+            f"has {found.name!r} of {found.size} bytes where its manifest says {name!r} of "
+            f"{expected['size']} bytes"
+        )
+    path = into / name if into else Path(os.devnull)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    digest = hashlib.sha256()
+    with create(path) if into else path.open("wb") as file:
+
+        def take(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        reader.content(found.size, take)
+    if digest.hexdigest() != expected["sha256"]:
+        raise ArchiveError(f"has a {name} that is not what was packed: its SHA-256 differs")
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file that nobody else may read."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+
+
+def room(folder: Path, size: int) -> None:
+    """Refuse a disk that is too small before it is full."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ArchiveError(f"needs {size >> 20} MiB in {folder}, which has {free >> 20} MiB free")
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pack(folder: Path, secrets: Path, archive: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Write an archive of a folder and the secrets; it gets its name once it is whole."""
+    files = {name: folder / name for name in REQUIRED}
+    for path in sorted(secrets.iterdir()) if secrets.exists() else []:
+        files[f"secrets/{path.name}"] = path
+        if not SECRET.fullmatch(f"secrets/{path.name}") or not path.is_file():
+            raise ArchiveError(f"cannot take {path}: it is no file, or its name is not of letters")
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "members": [
+            {"name": name, "size": path.stat().st_size, "sha256": digest_of(path)}
+            for name, path in files.items()
+        ],
+    }
+    text = folder / MANIFEST
+    text.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    new = folder / "new.tar.gz"
+    with (
+        create(new) as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=6, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for name, path in {MANIFEST: text, **files}.items():
+            add(tar, name, path)
+    # What was written is read once before anybody relies on it.
+    read(new)
+    with new.open("rb") as raw:
+        os.fsync(raw.fileno())
+    new.rename(archive)
+    return manifest
+
+
+def add(tar: tarfile.TarFile, name: str, path: Path) -> None:
+    """Add a file, without whose it was."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = path.stat().st_size, 0o600, int(time.time())
+    with path.open("rb") as file:
+        tar.addfile(member, file)
+
+
+def differing(manifest: dict[str, Any], secrets: Path) -> list[str]:
+    """Return the secrets that exist already with other contents than the archive's."""
+    return [
+        member["name"].removeprefix("secrets/")
+        for member in manifest["members"]
+        if member["name"] not in REQUIRED
+        and (path := secrets / member["name"].removeprefix("secrets/")).exists()
+        and digest_of(path) != member["sha256"]
+    ]
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Do what the command line says; print JSON, or what is wrong with the archive."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in ("pack", "check", "unpack"):
+        one = commands.add_parser(command)
+        one.add_argument("archive", type=Path)
+        if command != "check":
+            one.add_argument("folder", type=Path)
+        if command != "unpack":
+            one.add_argument("secrets", type=Path)
+    given = parser.parse_args(None if arguments is None else list(arguments))
+    try:
+        if given.command == "pack":
+            manifest = pack(given.folder, given.secrets, given.archive, json.load(sys.stdin))
+        else:
+            manifest = read(given.archive, given.folder if given.command == "unpack" else None)
+        if given.command == "check":
+            manifest["differing"] = differing(manifest, given.secrets)
+    except ArchiveError as error:
+        print(f"{given.archive} {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{given.archive} cannot be used: {error}", file=sys.stderr)
+        return 1
+    archive = {"path": str(given.archive), "size": given.archive.stat().st_size}
+    # By a hash without salt, whoever sees the answer could tell whether a guess is right.
+    for member in manifest["members"]:
+        del member["sha256"]
+    print(json.dumps(manifest | {"archive": archive}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
