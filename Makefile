@@ -34,9 +34,9 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# Molecule, which mostly waits, beside all that computes. It brings the engine before the others ask for one.
+# Molecule, which mostly waits, beside all that computes and may take longer. It brings the engine before the others ask for one.
 test: .venv/.test
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; $(MAKE) lint unit test-bare > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; nice $(MAKE) lint unit test-bare > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
 	wait $$rest || status=$$?; cat $$log; exit $$status
 
 test-host: .venv/.run

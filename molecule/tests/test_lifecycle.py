@@ -21,7 +21,8 @@ def three_messages(stack: Stack, empty_queue: None):  # noqa: ARG001 - a mark ha
         assert stack.http("apps_publisher_port", "/data", *message).status == 201
     yield
     stack.wait_until_ready(90)
-    assert [stack.receive().text for _ in range(4)] == [
+    receive = ("apps_subscriber_port", "/receive", "--header", BEARER)
+    assert [stack.http(*receive).text for _ in range(4)] == [
         "kept 0\n",
         "kept 1\n",
         "kept 2\n",
@@ -138,31 +139,35 @@ def own_files() -> Iterator[dict[str, object]]:
     shutil.rmtree(folder)
 
 
-def test_a_run_takes_rules_targets_receivers_and_credentials_of_the_user_s_own(
+@pytest.mark.usefixtures("three_messages")
+def test_a_run_takes_what_is_the_user_s_own_and_repairs_what_was_removed(
     stack: Stack, own_files: dict[str, object]
 ) -> None:
     before = stack.starts()
-
-    def restarted() -> set[str]:
-        after = stack.starts()
-        return {
-            name.removeprefix(stack.name + "-") for name in after if after[name] != before[name]
-        }
-
-    changed = {"prometheus", "alertmanager", "publisher", "subscriber"}
-    said = stack.site(
-        "-v", "--diff", "--tags", ",".join(changed), "--extra-vars", json.dumps(own_files)
-    )
+    old = stack.password("publisher")
+    (stack.secrets / "rabbitmq_publisher").write_text("changed-by-hand\n")
+    stack.docker("rm", "--force", stack.container("rabbitmq"))
+    logs = stack.vars["fluentd_log_dir"]
+    stack.run("rm --recursive %s", logs)
+    # It ends once both doors are connected.
+    said = stack.site("-v", "--diff", "--extra-vars", json.dumps(own_files))
     password = (stack.secrets / "http").read_text().strip()
-    shown = said + "".join(str(stack.inspect(service)) for service in changed)
-    assert not [one for one in ("own.secret", "token.secret", password) if one in shown]
-    assert restarted() == changed
-    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive"):
+    shown = said + "".join(str(stack.inspect(service)) for service in SERVICES)
+    own = ("own.secret", "token.secret", password, "changed-by-hand")
+    assert not [one for one in own if one in shown]
+    after = stack.starts()
+    assert [name for name in after if after[name] == before[name]] == [stack.container("exporter")]
+
+    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive?wait=0"):
         assert stack.http(port, path).status == 401
-        assert stack.http(port, path, "--user", f"me:{password}").status == 200
-        assert stack.http(port, path, "--header", BEARER).status == 200
         assert stack.http(port, path, "--user", "me:wrong").status == 401
         assert stack.http(port, "/healthz?ready").status == 200
+    for given in ("--user", f"me:{password}"), ("--header", BEARER):
+        assert stack.http("apps_publisher_port", "/", *given).status == 200
+        assert stack.http("apps_subscriber_port", "/dead", *given).status == 200
+    publish = "publish", stack.vars["stack_exchange"], "nowhere"
+    assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
+    eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
     eventually(lambda: "MyOwn" in stack.firing(), 60, "the own rule is evaluated")
     assert "own" in stack.targets()
     eventually(
@@ -174,22 +179,8 @@ def test_a_run_takes_rules_targets_receivers_and_credentials_of_the_user_s_own(
 
 
 @pytest.mark.usefixtures("three_messages")
-def test_the_next_run_takes_over_a_changed_password_and_repairs_what_was_removed(
-    stack: Stack,
-) -> None:
-    old = stack.password("publisher")
-    (stack.secrets / "rabbitmq_publisher").write_text("changed-by-hand\n")
-    stack.docker("rm", "--force", stack.container("rabbitmq"))
-    logs = stack.vars["fluentd_log_dir"]
-    stack.run("rm --recursive %s", logs)
-    # It ends once both doors are connected.
-    output = stack.site()
-    assert "changed-by-hand" not in output
-    eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
-    publish = "publish", stack.vars["stack_exchange"], "nowhere"
-    assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
-
-    # What the run before was given of the user's own is given no more.
+def test_the_next_run_takes_back_what_it_is_given_no_more(stack: Stack) -> None:
+    stack.site("--tags", "prometheus,alertmanager")
     eventually(lambda: "Watchdog" in stack.firing(), 60, "rules are evaluated")
     assert "MyOwn" not in stack.firing()
     assert stack.targets().keys() & {"own", "exporter"} == {"exporter"}
