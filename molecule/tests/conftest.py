@@ -5,6 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,15 @@ def eventually(check: Callable[[], object], timeout: float, promise: str) -> flo
 def stack() -> Stack:
     container = variables()["ansible_host"]
     return Stack(testinfra.get_host(f"docker://{container}"))
+
+
+@pytest.fixture(scope="session")
+def refusals(stack: Stack) -> Iterator[Future[dict[str, str]]]:
+    """What the preflight says of bad values, collected beside tests that mostly wait."""
+    from refusals import collect
+
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(collect, stack)
 
 
 @pytest.fixture

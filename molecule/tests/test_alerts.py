@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -313,13 +314,15 @@ class Drills:
 
 
 @pytest.fixture(scope="module")
-def drills(stack: Stack, browser: Browser) -> dict[str, Any]:
+def drills(stack: Stack, browser: Browser, refusals: Future[dict[str, str]]) -> dict[str, Any]:
     """All drills, overlapped where one cause does not hide the other; what was seen besides."""
     seen: dict[str, Any] = {}
     run = Drills(stack)
     start = time.monotonic()
     run.cause(*BROKER)
     run.wait("firing", *BROKER)
+    # It wants every container left alone.
+    wait([refusals])
     run.cure(*BROKER)
     run.cause(EXPORTER)
     run.wait("firing", EXPORTER)

@@ -1,0 +1,209 @@
+"""What the preflight says of bad values, collected by one run."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from conftest import INVENTORY, Stack, eventually, host_variables
+
+RECEIVER = {
+    "name": "team",
+    "webhook_configs": [{"url_file": "/etc/alertmanager/secrets/team_url"}],
+}
+
+CASES = [
+    (
+        {"rabbitmq_prot": 5673, "stack_bind_adress": "0.0.0.0"},
+        ["rabbitmq_prot", "stack_bind_adress", "spelling"],
+    ),
+    ({"apps_publisher_port": "http"}, ["apps_publisher_port", "http", "int"]),
+    (
+        {"rabbitmq_amqp_port": 5999, "rabbitmq_metrics_port": 5001},
+        ["Port 5999 (rabbitmq_amqp_port)", "Port 5001 (rabbitmq_metrics_port)", "in use"],
+    ),
+    (
+        {"apps_publisher_port": 5998, "apps_subscriber_port": "5998"},
+        ["5998", "published once", "apps_subscriber_port"],
+    ),
+    (
+        {"apps_publisher_confirm_timeout": 10},
+        ["apps_publisher_confirm_timeout", "10", "1 to 4"],
+    ),
+    (
+        {"stack_bind_address": "0.0.0.0", "refused_by": ["apps"]},
+        ["stack_bind_address is 0.0.0.0", "apps_http_user"],
+    ),
+    (
+        {"rabbitmq_host_name": "a.example", "rabbitmq_disk_free_limit": "two"},
+        ["is a.example;", "without dots", "rabbitmq_disk_free_limit is two;", "2GB"],
+    ),
+    (
+        {"stack_name": "other", "refused_by": ["fluentd"]},
+        ["other-fluentd", "container of", "volume at", "stack_name"],
+    ),
+    ({"stack_name": "third"}, ["network third", "stack_name"]),
+    ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
+    ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
+    ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
+    (
+        {"fluentd_log_limit": "much", "fluentd_log_dir": "/tmp/../etc"},
+        [
+            "fluentd_log_limit is much;",
+            "from 100M",
+            "fluentd_log_dir is /tmp/../etc;",
+            "whole path",
+        ],
+    ),
+    ({"fluentd_log_dir": "/tmp/link"}, ["fluentd_log_dir", "/tmp/link", "a link"]),
+    ({"fluentd_log_dir": "/tmp/full"}, ["fluentd_log_dir", "/tmp/full", "something in it"]),
+    ({"fluentd_log_dir": "/tmp/used"}, ["fluentd_log_dir", "/tmp/used", "/other-fluentd"]),
+    (
+        {"monitoring_prometheus_rules": ["../bad/bad-rules.yml"]},
+        ["rules/bad-rules.yml", "TooEarly", "parse error"],
+    ),
+    (
+        {"monitoring_prometheus_scrapes": ["../bad/*-scrape.yml"]},
+        ["scrape/bad-scrape.yml", "scrape_intervall"],
+    ),
+    (
+        {
+            "monitoring_prometheus_rules": ["missing/*.yml"],
+            "monitoring_prometheus_scrapes": ["../ansible.cfg"],
+        },
+        ["monitoring_prometheus_rules", "missing/*.yml is no file", "is ansible.cfg; "],
+    ),
+    (
+        {"monitoring_alertmanager_receivers": [RECEIVER]},
+        ["/etc/alertmanager/secrets/team_url", "monitoring_alertmanager_secrets"],
+    ),
+    (
+        {"monitoring_alertmanager_route": {"receiver": "nobody"}},
+        ["configuration of alertmanager", "nobody"],
+    ),
+    (
+        {"monitoring_exporter_env": {"INCLUDE_QUEUES": "takeaway("}},
+        ["monitoring_exporter_env", "INCLUDE_QUEUES", "takeaway("],
+    ),
+    ({"monitoring_exporter_env": {"PUBLISH_PORT": 1}}, ["monitoring_exporter_env", "PUBLISH_PORT"]),
+    (
+        {"image_registry": "http://registry:5000"},
+        ["image_registry", "http://registry:5000", "host:port"],
+    ),
+    # With this one, the image is compared with the data as well.
+    (
+        {
+            "__image_refs": {"rabbitmq": "other:4.3.6"},
+            "rabbitmq_host_name": "broker1",
+            "refused_by": [],
+        },
+        ["RabbitMQ 4.3.6", "4.0.5", "through 4.2"],
+    ),
+    (
+        {
+            "__image_refs": {"rabbitmq": "kept:4.0.5"},
+            "rabbitmq_host_name": "another",
+            "refused_by": [],
+        },
+        ["rabbitmq_host_name", "another", "to broker1"],
+    ),
+    (
+        {"monitoring_prometheus_alerts": {"RabbitMQDwon": {"for": "1m"}}},
+        ["monitoring_prometheus_alerts", "RabbitMQDwon", "no alert has this name"],
+    ),
+    (
+        {"monitoring_prometheus_alerts": {"RabbitMQBacklog": {"for": "soon", "over": 5}}},
+        ["RabbitMQBacklog has over, soon;", "'above': 100"],
+    ),
+]
+
+
+def collect(stack: Stack) -> dict[str, str]:
+    """Return what is said of each of CASES, by case0, case1, …; nothing is changed by it.
+
+    No container may be started or stopped meanwhile.
+    """
+    with foreign(stack), port_5999(stack), bad_files(), versions(stack):
+        before = state(stack)
+        folder = INVENTORY.parent / "refused"
+        folder.mkdir()
+        kept = {**host_variables(), "stack_secrets_dir": str(stack.secrets)}
+        hosts = {
+            f"case{number}": {**kept, **only(given)} for number, (given, _) in enumerate(CASES)
+        }
+        (folder / "hosts.json").write_text(json.dumps({"refused": {"hosts": hosts}}))
+        inventory = ("--inventory", str(folder / "hosts.json"))
+        run = stack.playbook("../molecule/shared/refusals", *inventory)
+        texts = {file.stem: file.read_text() for file in folder.glob("case*.json")}
+        shutil.rmtree(folder)
+        assert run.returncode == 0, run.stdout[-3000:]
+        assert state(stack) == before
+    return texts
+
+
+def only(variables: dict[str, object]) -> dict[str, object]:
+    """Return variables and, where one role has them all, that its preflight suffices."""
+    roles = {name.split("_")[0] for name in variables}
+    suffices = len(roles) == 1 and roles <= {"apps", "fluentd", "image", "monitoring", "rabbitmq"}
+    return {"refused_by": list(roles), **variables} if suffices else variables
+
+
+def state(stack: Stack) -> tuple[dict[str, str], set[str]]:
+    """Return when each container was started, and the password files of any stack."""
+    files = {str(file) for file in stack.secrets.parent.rglob("*")}
+    return stack.starts(), files
+
+
+@contextmanager
+def foreign(stack: Stack) -> Iterator[None]:
+    """What is somebody else's: a container, a volume, a network and folders."""
+    stack.run(
+        "ln -s %s /tmp/link && install --directory --owner 999 /tmp/full /tmp/full/x",
+        stack.vars["fluentd_log_dir"],
+    )
+    stack.run("install --directory --owner 999 /tmp/used")
+    image = stack.inspect("rabbitmq")["Config"]["Image"]
+    create = ("create", "--name", "other-fluentd", "--volume", "/tmp/used:/logs")
+    stack.docker(*create, image, "true")
+    stack.docker("volume", "create", "other-fluentd")
+    stack.docker("network", "create", "third")
+    yield
+    stack.docker("network", "rm", "third")
+    stack.run("rm -r /tmp/link /tmp/full /tmp/used")
+    stack.docker("rm", "--volumes", "other-fluentd")
+    stack.docker("volume", "rm", "other-fluentd")
+
+
+@contextmanager
+def port_5999(stack: Stack) -> Iterator[None]:
+    """A program of somebody else's on port 5999."""
+    pid = stack.run(
+        "nohup python3 -m http.server --bind 127.0.0.1 5999 >/dev/null 2>&1 & echo $!"
+    ).strip()
+    eventually(lambda: stack.host.run("curl -s 127.0.0.1:5999").rc == 0, 10, "port 5999 is taken")
+    yield
+    stack.run("kill %s", pid)
+
+
+@contextmanager
+def bad_files() -> Iterator[None]:
+    """A rule file and a scrape file that Prometheus cannot read."""
+    rule = {"alert": "TooEarly", "expr": "time() <"}
+    scrape = {"job_name": "bad", "scrape_intervall": "1s"}
+    folder = INVENTORY.parent / "bad"
+    folder.mkdir(exist_ok=True)
+    (folder / "bad-rules.yml").write_text(json.dumps({"groups": [{"name": "b", "rules": [rule]}]}))
+    (folder / "bad-scrape.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
+    yield
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def versions(stack: Stack) -> Iterator[None]:
+    """The broker's image, as it is and saying that it is 4.3.6."""
+    image = stack.inspect("rabbitmq")["Config"]["Image"]
+    dockerfile = f"FROM {image}\\nENV RABBITMQ_VERSION=4.3.6\\n"
+    stack.run(f"printf '{dockerfile}' | docker build --tag other:4.3.6 -")
+    stack.docker("tag", image, "kept:4.0.5")
+    yield
+    stack.docker("rmi", "other:4.3.6", "kept:4.0.5")
