@@ -158,29 +158,33 @@ def test_a_run_takes_what_is_the_user_s_own_and_repairs_what_was_removed(
     after = stack.starts()
     assert [name for name in after if after[name] == before[name]] == [stack.container("exporter")]
 
-    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive?wait=0"):
+    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive"):
         assert stack.http(port, path).status == 401
         assert stack.http(port, path, "--user", "me:wrong").status == 401
         assert stack.http(port, "/healthz?ready").status == 200
     for given in ("--user", f"me:{password}"), ("--header", BEARER):
         assert stack.http("apps_publisher_port", "/", *given).status == 200
-        assert stack.http("apps_subscriber_port", "/dead", *given).status == 200
+        assert stack.http("apps_subscriber_port", "/", *given).status == 200
     publish = "publish", stack.vars["stack_exchange"], "nowhere"
     assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
     eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
     eventually(lambda: "MyOwn" in stack.firing(), 60, "the own rule is evaluated")
     assert "own" in stack.targets()
+    # By hand: Prometheus knew no Alertmanager when it started, and tells again only every minute.
+    alert = json.dumps([{"labels": {"alertname": "ByHand"}}])
+    post = ("--header", "Content-Type: application/json", "--data", alert)
+    assert stack.http("monitoring_alertmanager_port", "/api/v2/alerts", *post).status == 200
     eventually(
-        lambda: any("own.secret" in line and "MyOwn" in line for line in stack.lines("other")),
-        # Prometheus tells again every minute; just started, it knew no Alertmanager yet.
-        100,
+        lambda: any("own.secret" in line and "ByHand" in line for line in stack.lines("other")),
+        30,
         "the own receiver was told",
     )
 
 
 @pytest.mark.usefixtures("three_messages")
 def test_the_next_run_takes_back_what_it_is_given_no_more(stack: Stack) -> None:
-    stack.site("--tags", "prometheus,alertmanager")
+    checked = json.dumps({"preflight_checked": ["monitoring"]})
+    stack.site("--tags", "prometheus,alertmanager", "--extra-vars", checked)
     eventually(lambda: "Watchdog" in stack.firing(), 60, "rules are evaluated")
     assert "MyOwn" not in stack.firing()
     assert stack.targets().keys() & {"own", "exporter"} == {"exporter"}
