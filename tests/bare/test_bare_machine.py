@@ -110,8 +110,6 @@ def machine(images: dict[str, str]) -> Iterator[Machine]:
     # fmt: off
     host(
         "docker", "run", "--detach", "--name", name, "--label", "message-broker-stack=broker-bare",
-        # Molecule, which takes longer, goes first.
-        "--cpu-shares", "256",
         "--cgroupns", "host", "--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw",
         # All that --privileged gives and an engine needs; some hosts refuse --privileged itself.
         "--cap-add", "ALL", "--cap-drop", "SYS_RESOURCE", "--device-cgroup-rule", "a *:* rwm",
