@@ -165,6 +165,12 @@ class Stack:
         port = str(self.vars["rabbitmq_amqp_port"])
         return self.python(ATTEMPT, user, password, "127.0.0.1", port, action, *names)
 
+    def watermark(self) -> str:
+        """Return the bytes at which the broker usually raises its memory alarm."""
+        conf = self.docker("exec", self.container("rabbitmq"), "cat", "/etc/rabbitmq/rabbitmq.conf")
+        settings = dict(line.split(" = ") for line in conf.splitlines() if " = " in line)
+        return settings["vm_memory_high_watermark.absolute"]
+
     def query(self, expression: str) -> dict[tuple[tuple[str, str], ...], float]:
         """Ask Prometheus for expression now; the values by their labels, as sorted pairs."""
         ask = ("--get", "--data-urlencode", f"query={expression}")
@@ -175,14 +181,20 @@ class Stack:
             for one in answer.json["data"]["result"]
         }
 
-    def firing(self) -> set[str]:
-        """Return the names of the alerts that fire in Prometheus.
+    def alerts(self, *states: str) -> set[str]:
+        """Return the names of the alerts that are in one of states, or in any, in Prometheus.
 
         By its API: what one before a restart wrote is found by queries for five minutes more.
         """
         answer = self.http("monitoring_prometheus_port", "/api/v1/alerts").json
-        alerts = answer["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        return {
+            alert["labels"]["alertname"]
+            for alert in answer["data"]["alerts"]
+            if not states or alert["state"] in states
+        }
+
+    def firing(self) -> set[str]:
+        return self.alerts("firing")
 
     def targets(self) -> dict[str, dict[str, str]]:
         """Return what Prometheus scrapes, by job."""
@@ -226,12 +238,6 @@ class Stack:
             timeout=600,
             check=False,
         )
-
-    def site(self, *args: str) -> str:
-        """Run the whole playbook, which must succeed, and return its output."""
-        result = self.playbook("site", *args)
-        assert result.returncode == 0, result.stdout[-6000:]
-        return result.stdout
 
 
 def eventually(check: Callable[[], object], timeout: float, promise: str) -> float:

@@ -102,13 +102,11 @@ def test_no_message_is_lost_or_out_of_order_when_clients_hang_up(stack: Stack) -
 
 @pytest.mark.parametrize("load", [0, 4], ids=["idle", "load"])
 def test_a_memory_alarm_is_503_at_once_and_ends_with_the_alarm(stack: Stack, load: int) -> None:
-    conf = ("exec", stack.container("rabbitmq"), "cat", "/etc/rabbitmq/rabbitmq.conf")
-    settings = dict(line.split(" = ") for line in stack.docker(*conf).splitlines() if " = " in line)
     ports = ("rabbitmq_metrics_port", "apps_publisher_port", "apps_subscriber_port")
     told = stack.python(
         ALARM,
         stack.container("rabbitmq"),
-        settings["vm_memory_high_watermark.absolute"],
+        stack.watermark(),
         str(load),
         *(str(stack.vars[port]) for port in ports),
     )

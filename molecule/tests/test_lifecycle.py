@@ -1,28 +1,19 @@
-"""What the stack survives, what it takes over, and, in the end, what is left of it."""
+"""What the stack survives, and, in the end, what is left of it."""
 
-import json
-import re
-import shutil
 import time
-from collections.abc import Iterator
 
 import pytest
-from conftest import INVENTORY, SERVICES, Stack, eventually
-
-BEARER = "Authorization: Bearer token.secret"
+from conftest import SERVICES, Stack, eventually
 
 
 @pytest.fixture
 def three_messages(stack: Stack, empty_queue: None):  # noqa: ARG001 - a mark has no effect on it
     """Three messages that must still be there, in order, after the test."""
-    # The run before may have left doors that ask for credentials; others do not mind them.
     for number in range(3):
-        message = ("--header", BEARER, "--data", f"message=kept {number}")
-        assert stack.http("apps_publisher_port", "/data", *message).status == 201
+        assert stack.send(f"kept {number}").status == 201
     yield
     stack.wait_until_ready(90)
-    receive = ("apps_subscriber_port", "/receive", "--header", BEARER)
-    assert [stack.http(*receive).text for _ in range(4)] == [
+    assert [stack.receive().text for _ in range(4)] == [
         "kept 0\n",
         "kept 1\n",
         "kept 2\n",
@@ -107,90 +98,6 @@ def restarted(stack: Stack, before: dict[str, str]) -> bool:
     after = stack.starts()
     running = stack.docker("ps", "--format", "{{.Names}}").split()
     return all(after[name] != before[name] and name in running for name in before)
-
-
-@pytest.fixture
-def own_files() -> Iterator[dict[str, object]]:
-    """Rules, a target, a receiver and credentials of the user's own, as variables."""
-    rule = {"alert": "MyOwn", "expr": "vector(1)", "labels": {"severity": "low"}}
-    rules = {"groups": [{"name": "own", "rules": [rule]}]}
-    target = {"job_name": "own", "static_configs": [{"targets": ["fluentd:9880"]}]}
-    # Beside the inventory: Ansible takes every file in its folder for one.
-    folder = INVENTORY.parent / "own"
-    folder.mkdir(exist_ok=True)
-    (folder / "rules.yml").write_text(json.dumps(rules))
-    (folder / "scrape.yml").write_text(json.dumps({"scrape_configs": [target]}))
-    url = "/etc/alertmanager/secrets/own_url"
-    yield {
-        "monitoring_prometheus_rules": ["../own/rules.yml"],
-        "monitoring_prometheus_scrapes": ["../own/s*.yml"],
-        "monitoring_alertmanager_receivers": [
-            {"name": "own", "webhook_configs": [{"url_file": url}]}
-        ],
-        "monitoring_alertmanager_secrets": {"own_url": "http://fluentd:9880/own.secret"},
-        "monitoring_alertmanager_route": {
-            "receiver": "own",
-            "group_by": ["alertname"],
-            "group_wait": "1s",
-        },
-        "apps_http_user": "me",
-        "apps_http_token": "token.secret",
-    }
-    shutil.rmtree(folder)
-
-
-@pytest.mark.usefixtures("three_messages")
-def test_a_run_takes_what_is_the_user_s_own_and_repairs_what_was_removed(
-    stack: Stack, own_files: dict[str, object]
-) -> None:
-    before = stack.starts()
-    old = stack.password("publisher")
-    (stack.secrets / "rabbitmq_publisher").write_text("changed-by-hand\n")
-    stack.docker("rm", "--force", stack.container("rabbitmq"))
-    logs = stack.vars["fluentd_log_dir"]
-    stack.run("rm --recursive %s", logs)
-    # It ends once both doors are connected.
-    said = stack.site("-v", "--diff", "--extra-vars", json.dumps(own_files))
-    password = (stack.secrets / "http").read_text().strip()
-    shown = said + "".join(str(stack.inspect(service)) for service in SERVICES)
-    own = ("own.secret", "token.secret", password, "changed-by-hand")
-    assert not [one for one in own if one in shown]
-    after = stack.starts()
-    assert [name for name in after if after[name] == before[name]] == [stack.container("exporter")]
-
-    for port, path in ("apps_publisher_port", "/"), ("apps_subscriber_port", "/receive"):
-        assert stack.http(port, path).status == 401
-        assert stack.http(port, path, "--user", "me:wrong").status == 401
-        assert stack.http(port, "/healthz?ready").status == 200
-    for given in ("--user", f"me:{password}"), ("--header", BEARER):
-        assert stack.http("apps_publisher_port", "/", *given).status == 200
-        assert stack.http("apps_subscriber_port", "/", *given).status == 200
-    publish = "publish", stack.vars["stack_exchange"], "nowhere"
-    assert stack.amqp("publisher", *publish, password=old) == "ProbableAuthenticationError"
-    eventually(lambda: "rabbitmq" in stack.run("ls %s", logs), 90, "logs are written again")
-    eventually(lambda: "MyOwn" in stack.firing(), 60, "the own rule is evaluated")
-    assert "own" in stack.targets()
-    # By hand: Prometheus knew no Alertmanager when it started, and tells again only every minute.
-    alert = json.dumps([{"labels": {"alertname": "ByHand"}}])
-    post = ("--header", "Content-Type: application/json", "--data", alert)
-    assert stack.http("monitoring_alertmanager_port", "/api/v2/alerts", *post).status == 200
-    eventually(
-        lambda: any("own.secret" in line and "ByHand" in line for line in stack.lines("other")),
-        30,
-        "the own receiver was told",
-    )
-
-
-@pytest.mark.usefixtures("three_messages")
-def test_the_next_run_takes_back_what_it_is_given_no_more(stack: Stack) -> None:
-    checked = json.dumps({"preflight_checked": ["monitoring"]})
-    stack.site("--tags", "prometheus,alertmanager", "--extra-vars", checked)
-    eventually(lambda: "Watchdog" in stack.firing(), 60, "rules are evaluated")
-    assert "MyOwn" not in stack.firing()
-    assert stack.targets().keys() & {"own", "exporter"} == {"exporter"}
-    left = stack.run("find /etc/message-broker-stack -type f")
-    assert "/prometheus/rules/broker.yml" in left
-    assert not re.search("own_url|/rules.yml|/scrape.yml", left)
 
 
 @pytest.mark.usefixtures("empty_queue")

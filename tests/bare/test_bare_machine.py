@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -288,17 +289,97 @@ def test_make_logs_follows_the_files(machine: Machine) -> None:
     assert "\trabbitmq\t{" in machine.attempt("timeout 2 make logs").stdout
 
 
-def test_make_down_keeps_messages_and_passwords_for_the_next_make_up(
+OWN_RULE = {"alert": "MyOwn", "expr": "vector(1)", "labels": {"severity": "low"}}
+OWN_TARGET = {"job_name": "own", "static_configs": [{"targets": ["fluentd:9880"]}]}
+OWN_URL = "/etc/alertmanager/secrets/own_url"
+OWN = {
+    "rules.yml": {"groups": [{"name": "own", "rules": [OWN_RULE]}]},
+    "scrape.yml": {"scrape_configs": [OWN_TARGET]},
+    "vars.yml": {
+        "monitoring_prometheus_rules": ["../own/rules.yml"],
+        "monitoring_prometheus_scrapes": ["../own/s*.yml"],
+        "monitoring_alertmanager_receivers": [
+            {"name": "own", "webhook_configs": [{"url_file": OWN_URL}]}
+        ],
+        "monitoring_alertmanager_secrets": {"own_url": "http://fluentd:9880/own.secret"},
+        "monitoring_alertmanager_route": {"receiver": "own", "group_wait": "1s"},
+        "apps_http_user": "me",
+        "apps_http_token": "token.secret",
+    },
+}
+
+
+def starts(machine: Machine) -> dict[str, str]:
+    """Return which container it is and when it was started, by service."""
+    show = "docker inspect --format '{{.Name}} {{.Id}} {{.State.StartedAt}}' $(docker ps --quiet)"
+    lines = [line.partition(" ") for line in machine.run(show).splitlines()]
+    return {name.removeprefix("/broker-"): when for name, _, when in lines}
+
+
+def test_make_down_keeps_messages_and_passwords_for_the_next_make_up_which_takes_own_files(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
-    passwords = machine.run("cat inventory/.secrets/broker/*")
-    machine.run("curl --fail --silent --data message=kept http://localhost:5000/data")
+    for number in range(3):
+        machine.run(f"curl --fail --silent --data 'message=kept {number}' localhost:5000/data")
     timed(machine, seconds, "down", "make down", 120)
     assert machine.run("docker ps --all --quiet") == ""
-    timed(machine, seconds, "back", "make up", 180)
+
+    changed = "inventory/.secrets/broker/rabbitmq_publisher"
+    old = machine.run(f"cat {changed}").strip()
+    machine.run(f"printf changed-by-hand > {changed} && rm -r /tmp/file && mkdir own")
+    passwords = machine.run("head --verbose inventory/.secrets/broker/rabbitmq_*")
+    for name, content in OWN.items():
+        machine.run(f"echo {shlex.quote(json.dumps(content))} > own/{name}")
+    # It ends once both doors are connected.
+    output = timed(
+        machine, seconds, "back", 'make up ARGS="-v --diff --extra-vars=@own/vars.yml"', 180
+    )
     say(f"make down: {seconds['down']:.0f} s, make up after it: {seconds['back']:.0f} s")
-    assert machine.run("curl --fail --silent http://localhost:5001/receive") == "kept\n"
-    assert machine.run("cat inventory/.secrets/broker/*") == passwords
+    assert machine.run("head --verbose inventory/.secrets/broker/rabbitmq_*") == passwords
+    password = machine.run("cat inventory/.secrets/broker/http").strip()
+    shown = output + machine.run("docker inspect $(docker ps --quiet)")
+    for secret in ("own.secret", "token.secret", "changed-by-hand", password):
+        assert secret not in shown
+
+    status = "curl --silent --output /dev/null --write-out '%{http_code}'"
+    given = (f"--user me:{password}", "--header 'Authorization: Bearer token.secret'")
+    for door, path in ("localhost:5000/", ""), ("localhost:5001/", "receive"):
+        assert machine.run(f"{status} {door}{path}") == "401"
+        assert machine.run(f"{status} --user me:wrong {door}{path}") == "401"
+        assert [machine.run(f"{status} {one} {door}") for one in given] == ["200", "200"]
+    log_in = "docker exec broker-rabbitmq rabbitmqctl authenticate_user publisher"
+    machine.run(f"{log_in} changed-by-hand")
+    assert machine.attempt(f"{log_in} {old}").returncode != 0
+
+    prometheus = "curl --silent localhost:9090/api/v1"
+    machine.run(f"until {prometheus}/alerts | grep MyOwn; do sleep 1; done", 60)
+    machine.run(f'{prometheus}/targets | grep \'"job":"own"\'')
+    machine.run("until ls /tmp/file/rabbitmq.*.log; do sleep 1; done", 60)
+    # By hand: Prometheus knew no Alertmanager when it started, and tells again only every minute.
+    alert = json.dumps([{"labels": {"alertname": "ByHand"}}])
+    header = "--header 'Content-Type: application/json'"
+    machine.run(f"curl --fail {header} --data '{alert}' localhost:9093/api/v2/alerts")
+    told = "grep --no-messages 'own[.]secret.*ByHand' /tmp/file/other.*.log"
+    machine.run(f"until {told}; do sleep 1; done", 60)
+
+
+def test_the_next_make_up_repairs_what_was_removed_and_takes_back_what_it_is_given_no_more(
+    machine: Machine,
+) -> None:
+    before = starts(machine)
+    machine.run("docker rm --force broker-rabbitmq")
+    machine.run("make up", 180)
+    after = starts(machine)
+    assert {name for name in after if after[name] == before[name]} == {"fluentd", "exporter"}
+    received = [machine.run("curl --fail --silent localhost:5001/receive") for _ in range(4)]
+    assert received == ["kept 0\n", "kept 1\n", "kept 2\n", "No message available\n"]
+    prometheus = "curl --silent localhost:9090/api/v1"
+    alerts = machine.run(f"until {prometheus}/alerts | grep Watchdog; do sleep 1; done", 60)
+    assert "MyOwn" not in alerts
+    assert '"job":"own"' not in machine.run(f"{prometheus}/targets")
+    left = machine.run("find /etc/message-broker-stack -type f")
+    assert "/prometheus/rules/broker.yml" in left
+    assert not re.search("own_url|/rules.yml|/scrape.yml", left)
 
 
 def test_make_backup_packs_all_and_lets_the_containers_go_on(
