@@ -302,7 +302,11 @@ OWN = {
             {"name": "own", "webhook_configs": [{"url_file": OWN_URL}]}
         ],
         "monitoring_alertmanager_secrets": {"own_url": "http://fluentd:9880/own.secret"},
-        "monitoring_alertmanager_route": {"receiver": "own", "group_wait": "1s"},
+        "monitoring_alertmanager_route": {
+            "receiver": "own",
+            "group_by": ["alertname"],
+            "group_wait": "1s",
+        },
         "apps_http_user": "me",
         "apps_http_token": "token.secret",
     },
