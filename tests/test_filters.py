@@ -1,6 +1,7 @@
-"""The password hashes are what RabbitMQ verifies."""
+"""What the role rabbitmq computes: hashes that RabbitMQ verifies, and what it has lost."""
 
 import base64
+import copy
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -12,13 +13,18 @@ PLUGIN = Path(__file__).parents[1] / "roles/rabbitmq/filter_plugins/rabbitmq.py"
 
 
 @pytest.fixture(scope="module")
-def hashed() -> Any:
+def filters() -> Any:
     spec = importlib.util.spec_from_file_location("rabbitmq_filters", PLUGIN)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.FilterModule().filters()["rabbitmq_password_hash"]
+    return module.FilterModule().filters()
+
+
+@pytest.fixture(scope="module")
+def hashed(filters: Any) -> Any:
+    return filters["rabbitmq_password_hash"]
 
 
 def verifies(text: str, password: str) -> bool:
@@ -50,3 +56,53 @@ def test_users_with_one_password_do_not_share_a_hash(hashed: Any) -> None:
 
 def test_another_password_brings_another_salt(hashed: Any) -> None:
     assert hashed("test12", "admin")[:5] != hashed("test13", "admin")[:5]
+
+
+WANTED: dict[str, Any] = {
+    "users": [{"name": "monitor", "password_hash": "aGFzaA==", "tags": ["monitoring"]}],
+    "vhosts": [{"name": "/"}],
+    "permissions": [{"user": "monitor", "vhost": "/", "read": "^$"}],
+    "queues": [{"name": "takeaway", "vhost": "/", "arguments": {"x-queue-type": "quorum"}}],
+    "bindings": [{"source": "in", "vhost": "/", "destination": "takeaway", "arguments": {}}],
+}
+NAMES = ["users monitor", "vhosts /", "permissions monitor", "queues takeaway", "bindings takeaway"]
+
+
+@pytest.fixture
+def found() -> Any:
+    """What a broker answers that has all of WANTED, and more."""
+    answer = copy.deepcopy(WANTED) | {"rabbitmq_version": "4.0.5", "parameters": []}
+    answer["users"][0]["limits"] = {}
+    answer["queues"].insert(0, {"name": "another", "vhost": "/"})
+    return answer
+
+
+def test_nothing_is_missing_where_all_is_there(filters: Any, found: Any) -> None:
+    found["queues"][1]["arguments"] = {"x-queue-type": "classic"}
+    assert filters["rabbitmq_missing"](WANTED, found) == []
+
+
+def test_a_broker_that_tells_nothing_lacks_all(filters: Any) -> None:
+    assert filters["rabbitmq_missing"](WANTED, {}) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_removed_is_missing(filters: Any, found: Any, name: str) -> None:
+    found[name.split()[0]].pop()
+    assert filters["rabbitmq_missing"](WANTED, found) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("users monitor", {"password_hash": "b3RoZXI="}),
+        ("users monitor", {"tags": []}),
+        ("permissions monitor", {"read": ".*"}),
+        ("queues takeaway", {"vhost": "another"}),
+    ],
+)
+def test_what_was_changed_is_missing(
+    filters: Any, found: Any, name: str, change: dict[str, Any]
+) -> None:
+    found[name.split()[0]][-1] |= change
+    assert filters["rabbitmq_missing"](WANTED, found) == [name]

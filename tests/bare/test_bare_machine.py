@@ -371,8 +371,14 @@ def test_the_next_make_up_repairs_what_was_removed_and_takes_back_what_it_is_giv
     machine: Machine,
 ) -> None:
     before = starts(machine)
+    ctl = "docker exec broker-rabbitmq rabbitmqctl"
+    admin = "curl --fail --silent --user admin:$(cat inventory/.secrets/broker/rabbitmq_admin)"
+    binding = f"{admin} localhost:15672/api/bindings/%2F/e/takeaway-in/q/takeaway/takeaway"
+    machine.run(f"{binding} --request DELETE && {ctl} delete_user subscriber")
     machine.run("docker rm --force broker-rabbitmq")
-    machine.run("make up", 180)
+    output = machine.run("make up", 180)
+    assert "(item=users subscriber, permissions subscriber, bindings takeaway)" in output
+    machine.run(binding)
     after = starts(machine)
     assert {name for name in after if after[name] == before[name]} == {"fluentd", "exporter"}
     received = [machine.run("curl --fail --silent localhost:5001/receive") for _ in range(4)]
