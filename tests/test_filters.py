@@ -1,4 +1,4 @@
-"""What the role rabbitmq computes: hashes that RabbitMQ verifies, and what it has lost."""
+"""What the role rabbitmq computes: hashes that RabbitMQ verifies, what it has lost, and bounds."""
 
 import base64
 import copy
@@ -58,6 +58,21 @@ def test_another_password_brings_another_salt(hashed: Any) -> None:
     assert hashed("test12", "admin")[:5] != hashed("test13", "admin")[:5]
 
 
+@pytest.mark.parametrize(
+    ("memory", "size"),
+    [(512 << 20, 32 << 20), (1 << 30, 64 << 20), (8 << 30, 512 << 20), (64 << 30, 512 << 20)],
+)
+def test_the_write_ahead_log_is_a_share_of_the_memory_for_every_version(
+    filters: Any, memory: int, size: int
+) -> None:
+    # Until 4.2 the quorum queues take the value of ra, since 4.3 that of rabbit.
+    words = filters["rabbitmq_erlang_args"](memory).split()
+    assert words == [
+        *("-ra", "wal_max_size_bytes", str(size)),
+        *("-rabbit", "quorum_wal_max_size_bytes", str(size)),
+    ]
+
+
 WANTED: dict[str, Any] = {
     "users": [{"name": "monitor", "password_hash": "aGFzaA==", "tags": ["monitoring"]}],
     "vhosts": [{"name": "/"}],
@@ -80,6 +95,15 @@ def found() -> Any:
 def test_nothing_is_missing_where_all_is_there(filters: Any, found: Any) -> None:
     found["queues"][1]["arguments"] = {"x-queue-type": "classic"}
     assert filters["rabbitmq_missing"](WANTED, found) == []
+
+
+def test_a_policy_of_an_older_version_is_missing_and_its_queue_without_arguments_is_not(
+    filters: Any, found: Any
+) -> None:
+    wanted = WANTED | {"policies": [{"name": "dead-letter", "vhost": "/", "priority": 1000}]}
+    found["policies"] = [{"name": "dead-letter", "vhost": "/", "priority": 0}]
+    found["queues"][1]["arguments"] = {}
+    assert filters["rabbitmq_missing"](wanted, found) == ["policies dead-letter"]
 
 
 def test_a_broker_that_tells_nothing_lacks_all(filters: Any) -> None:
