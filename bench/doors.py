@@ -40,6 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = str(ROOT / "bench/peers.py")
 ROUNDS, SECONDS = (int(os.environ.get(name, "5")) for name in ("ROUNDS", "SECONDS"))
 CONTAINER, LABEL = "broker-bench-rabbitmq", "message-broker-stack=broker-bench"
+# Bytes of the broker's write-ahead log.
+LOG = 64 * 1024 * 1024
 EMPTY = "No message available\n"
 TEXT = "x" * 100
 FORM = f"message={TEXT}"
@@ -176,6 +178,9 @@ def broker() -> Iterator[None]:
     try:
         create = ["create", f"--name={CONTAINER}", f"--label={LABEL}", "--hostname=bench"]
         create += ["--env=RABBITMQ_NODENAME=rabbit@bench", "--user=999:999", "--memory=1g"]
+        # As the role rabbitmq bounds its log; with RabbitMQ's own 512 MiB the alarm comes soon.
+        log = f"-ra wal_max_size_bytes {LOG} -rabbit quorum_wal_max_size_bytes {LOG}"
+        create += [f"--env=RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS={log}"]
         docker(*create, find_image())
         with tempfile.TemporaryDirectory() as folder:
             texts = render(

@@ -36,6 +36,7 @@ def parameters() -> pika.ConnectionParameters:
 
 def serve_no_op() -> None:
     """Serve a Flask app that only reads the body, by the doors' own server."""
+    from door.memory import MIB
     from door.server import serve
 
     app = Flask("no-op")
@@ -47,7 +48,8 @@ def serve_no_op() -> None:
         return request.get_data()[:0], 201
 
     nowhere: Any = SimpleNamespace(**dict.fromkeys(["start", "finish", "stop"], lambda: None))
-    serve("no-op", lambda: (app, nowhere), int(os.environ["PORT"]), int(os.environ["WORKERS"]))
+    port, workers = int(os.environ["PORT"]), int(os.environ["WORKERS"])
+    serve("no-op", lambda _memory: (app, nowhere), port, 512 * MIB, workers)
 
 
 def serve_original() -> None:

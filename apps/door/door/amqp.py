@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from struct import calcsize, unpack_from
+from struct import calcsize, pack, unpack_from
 from typing import Any
 
 import gevent
@@ -15,8 +15,8 @@ from pika.channel import Channel
 from pika.connection import Connection
 from pika.exceptions import ChannelClosedByBroker
 
+from door.metrics import BROKER_UP
 from door.settings import BrokerSettings
-from door.web import BROKER_UP
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,22 @@ def decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
 
 
 pika.data.decode_value = decode_value
+
+_encode_value = pika.data.encode_value
+
+
+def encode_value(pieces: list[bytes], value: Any) -> int:
+    """Write one value of a header as pika does, which fails on what decode_value reads besides."""
+    if isinstance(value, float):
+        pieces.append(pack(">cd", b"d", value))
+    elif isinstance(value, int) and value >= 2**63:  # a time beyond the year 9999
+        pieces.append(pack(">cQ", b"T", value))
+    else:
+        return _encode_value(pieces, value)
+    return 9
+
+
+pika.data.encode_value = encode_value
 
 # Seconds between two attempts to connect: doubled from the first to the last.
 FIRST_RETRY, LAST_RETRY = 0.2, 2.0

@@ -170,6 +170,11 @@ class Event:
         self.deferred = False
         self._sink = sink
 
+    @property
+    def busy(self) -> float:
+        """Seconds since its start in which something was to be done."""
+        return time.perf_counter() - self.started - self.waited
+
     def tell(self, status: int, level: str | None = None) -> None:
         """Send the event, with the time since its start; level follows from status, or is given.
 

@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from typing import Any, Protocol
 from uuid import uuid4
@@ -23,22 +23,29 @@ import gevent
 from gevent.event import Event
 from gevent.pywsgi import Input, WSGIHandler, WSGIServer
 
+from door import shared
+from door.clients import CONNECTION, Clients
+from door.memory import RETRY_AFTER, Grant, Memory, OutOfMemory
+
 log = logging.getLogger(__name__)
 
-# Where the client's socket is in the WSGI environment.
-SOCKET = "door.socket"
+# Where the client is in the WSGI environment (door.call.Client).
+CLIENT = "door.client"
 
-# Clients at a time; more wait in the listening socket's queue.
-MAX_CLIENTS = 8000
 # Lines and bytes of a request's headers.
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 32 * 1024
-# Seconds a client may take for its next request, to send all of its headers or all of its body
-# (door.web), and to read its whole response.
+# Bytes of headers that a connection's own memory has room for, and how many times their bytes
+# longer ones take: as lines, as a dictionary, and in the WSGI environment.
+SMALL_HEADERS, HEADER_COPIES = 2048, 4
+# Seconds a client may take for its next request, to send all of its headers, or a part of its body
+# (door.call), and to read its whole response.
 CLIENT_TIMEOUT = 30
 # Bytes of a response that the system may take before the client did. Left to itself it takes
 # megabytes, and a message would count as written before its client has seen any of it.
 SEND_BUFFER = 65536
+# Seconds a client for whom there is no room gets to take that answer.
+REFUSAL_TIMEOUT = 0.1
 # Seconds a refused client gets to read why, while what it still sends is thrown away.
 LINGER = 2
 # Seconds running requests get to finish after SIGTERM.
@@ -46,7 +53,13 @@ DRAIN_TIMEOUT = 5
 # Seconds between the end of a worker and its successor's start.
 RESPAWN_DELAY = 0.5
 
+# Bytes of an answer that are joined with its headers, so that they leave in one piece.
+JOINED = 64 * 1024
+
 HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\0-\x08\n-\x1f\x7f]*)\r?\n")
+# http://host:port of a target in absolute form (RFC 9112, section 3.2.2).
+AUTHORITY = re.compile(r"^https?://[^/?#]+", re.IGNORECASE)
+LENGTH = re.compile(r"[0-9]{1,18}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_CHUNK_LINE = 256
 ONCE = ("content-length", "content-type", "transfer-encoding", "host", "authorization")
@@ -82,6 +95,7 @@ class Refused(OSError):  # noqa: N818 - an answer, not a fault
 
 
 TOO_SLOW = Refused(HTTPStatus.REQUEST_TIMEOUT, "The headers took too long.")
+BUSY = Refused(HTTPStatus.SERVICE_UNAVAILABLE, OutOfMemory().description)
 
 
 class Headers:
@@ -93,15 +107,16 @@ class Headers:
         """Read from rfile up to the empty line; raises Refused."""
         self.headers: list[str] = []
         self._values: dict[str, str] = {}
-        room = MAX_HEADER_BYTES
-        while (line := rfile.readline(room + 1)) not in (b"\r\n", b"\n"):
-            room -= len(line)
-            if room < 0 or len(self.headers) == MAX_HEADERS:
+        self.size = 0
+        while (line := rfile.readline(MAX_HEADER_BYTES - self.size + 1)) not in (b"\r\n", b"\n"):
+            self.size += len(line)
+            if self.size > MAX_HEADER_BYTES or len(self.headers) == MAX_HEADERS:
                 raise Refused(
                     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                     f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes are taken.",
                 )
-            match = HEADER.fullmatch(line)
+            # An unfinished line is the end of what came, and may be long: the pattern is slow.
+            match = HEADER.fullmatch(line) if line.endswith(b"\n") else None
             if match is None:
                 raise Refused(HTTPStatus.BAD_REQUEST, "A header cannot be read.")
             name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
@@ -129,8 +144,8 @@ class Headers:
             raise Refused(HTTPStatus.NOT_IMPLEMENTED, "Of transfer encodings, chunked is known.")
         if encoding is not None and length is not None:
             raise Refused(HTTPStatus.BAD_REQUEST, "A chunked body has no Content-Length.")
-        if length is not None and not (length.isascii() and length.isdigit()):
-            raise Refused(HTTPStatus.BAD_REQUEST, "Content-Length is not a number.")
+        if length is not None and not LENGTH.fullmatch(length):
+            raise Refused(HTTPStatus.BAD_REQUEST, "Content-Length is not a number of bytes.")
 
 
 class Body(Input):
@@ -182,7 +197,7 @@ class Body(Input):
 
 
 class Handler(WSGIHandler):
-    """One client's connection."""
+    """One client's connection, and what door.call knows of its client."""
 
     MessageClass = Headers
     wsgi_input: Any
@@ -191,6 +206,14 @@ class Handler(WSGIHandler):
     # A slow client is not an error of this program; a time-out has no errno but this text.
     ignored_socket_errors: Any = (*WSGIHandler.ignored_socket_errors, "timed out")
 
+    def __init__(self, sock: Any, address: Any, server: Any, grant: Grant) -> None:
+        """Take the client of sock, which comes from address, and hold its memory by grant."""
+        super().__init__(sock, address, server)
+        self.address = str(address[0]) if address else ""
+        self.grant = grant
+        self.let_go = False
+        self._writing = False
+
     def handle(self) -> None:
         """Serve the client's requests, one after the other."""
         self.socket.settimeout(CLIENT_TIMEOUT)
@@ -198,22 +221,58 @@ class Handler(WSGIHandler):
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().handle()
 
+    def refuse(self) -> None:
+        """Tell the client at once that there is no room for it."""
+        self.socket.settimeout(REFUSAL_TIMEOUT)
+        self._tell(BUSY)
+        with suppress(OSError):  # what is left unread would reset the connection
+            self.socket.recv(65536)
+
+    @property
+    def waiting(self) -> "Handler":
+        """A block in which the server waits for the client's bytes, or until it takes ours."""
+        return self
+
+    def __enter__(self) -> None:
+        """Begin to wait."""
+        self.server.clients.slow.begin(self)
+
+    def __exit__(self, *_error: object) -> None:
+        """Wait no more."""
+        self.server.clients.slow.end(self)
+
+    def let(self) -> int:
+        """Let the client go: wait neither for its bytes any longer, nor until it takes ours."""
+        self.let_go = True
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR if self._writing else socket.SHUT_RD)
+        return self.grant.amount
+
     def read_requestline(self) -> str:
-        """Read the first line of a request."""
+        """Read the first line of a request; an empty one before it is skipped (RFC 9112, 2.2)."""
+        self.server.clients.idle.begin(self)
         with self._time_limit(b"\n"):
-            return str(super().read_requestline())
+            line = str(super().read_requestline())
+            return str(super().read_requestline()) if line in ("\r\n", "\n") else line
 
     def read_request(self, raw_requestline: str) -> bool:
         """Read the request's headers; raises ValueError or Refused."""
         if raw_requestline.count(" ") != 2:
             raise Refused(HTTPStatus.BAD_REQUEST, "The request line is not METHOD TARGET VERSION.")
-        with self._time_limit(b"\r\n\r\n"):
-            return bool(super().read_request(raw_requestline))
+        with self._time_limit(b"\r\n\r\n", HEADER_COPIES * MAX_HEADER_BYTES):
+            super().read_request(raw_requestline)
+        self.server.clients.idle.end(self)
+        if self.headers.size > SMALL_HEADERS:
+            self.grant.resize(CONNECTION + HEADER_COPIES * self.headers.size)
+        if self.request_version == "HTTP/1.1" and self.headers.get("host") is None:
+            raise Refused(HTTPStatus.BAD_REQUEST, "A request of HTTP/1.1 has the header Host.")
+        self.path = AUTHORITY.sub("", str(self.path), count=1) or "/"
+        return True
 
     def get_environ(self) -> dict[str, Any]:
-        """Return the WSGI environment with the client's socket in it."""
+        """Return the WSGI environment with the client in it."""
         environ: dict[str, Any] = super().get_environ()
-        environ[SOCKET] = self.socket
+        environ[CLIENT] = self
         body = self.wsgi_input
         self.wsgi_input = Body(body.rfile, body.content_length, body.socket, body.chunked_input)
         environ["wsgi.input"] = self.wsgi_input
@@ -230,6 +289,7 @@ class Handler(WSGIHandler):
         finally:
             self.server.running -= 1
             self.close_connection = self.close_connection or self.server.closed
+            self.grant.resize(CONNECTION)
 
     def handle_one_request(self) -> Any:
         """Serve one request; what pywsgi refuses by itself is told as the rest is."""
@@ -249,49 +309,112 @@ class Handler(WSGIHandler):
         lines = [b"HTTP/1.1 " + self.status]
         lines += [b"%b: %b" % header for header in self.response_headers]
         head = b"\r\n".join([*lines, b"\r\n"])
-        if self.response_use_chunked:
+        if self.response_use_chunked or len(data) > JOINED:
             self._sendall(head)
             self._write(data)
         else:
             self._sendall(head + data)
 
-    def _time_limit(self, end: bytes) -> AbstractContextManager[object]:
-        """Limit the time until end arrives; where it is there, no timer has to be started."""
+    def _sendall(self, data: bytes) -> None:
+        """Send data; while its client does not take them, it may be let go."""
+        self._writing = True
+        with self.waiting:
+            super()._sendall(data)
+        self._writing = False
+
+    @contextmanager
+    def _time_limit(self, end: bytes, memory: int = 0) -> Iterator[None]:
+        """Wait until end arrives, within the time limit and holding memory for what comes before.
+
+        Where it is there, no timer has to be started.
+        """
         if end in self.rfile.peek():
-            return nullcontext()
-        return gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW)
+            yield
+            return
+        self.grant.add_now(memory)
+        with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
+            yield
+        self.grant.resize(CONNECTION)
 
     def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
         """Tell the client what was wrong with its request, in the doors' own shape."""
         if isinstance(ex, TimeoutError):
             ex = TOO_SLOW
+        if self.let_go or isinstance(ex, OutOfMemory):
+            ex = BUSY
+        self.server.clients.idle.end(self)
+        self.grant.resize(CONNECTION)
+        status = self._tell(ex)
+        if not self.let_go:  # nothing more of it is read then
+            self._linger()
+        self.close_connection = True
+        return str(int(status)), b""
+
+    def _tell(self, ex: Exception) -> HTTPStatus:
+        """Send the answer that says why a request does not reach the application."""
         status = ex.status if isinstance(ex, Refused) else HTTPStatus.BAD_REQUEST
         body = json.dumps({"message": str(ex)}).encode()
         head = (
             f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-Id: {uuid4().hex}\r\n"
-            "Connection: close\r\n\r\n"
+            + (f"Retry-After: {RETRY_AFTER}\r\n" if ex is BUSY else "")
+            + "Connection: close\r\n\r\n"
         )
-        log.info("Refused a request: %s", str(ex)[:200])
+        self.server.refusals.tell(str(ex)[:200])
         with suppress(OSError):
             self.socket.sendall(head.encode() + body)
-        self._linger()
-        self.close_connection = True
-        return str(int(status)), b""
+        return status
 
     def _linger(self) -> None:
         """Read on for a while: closing before would reset the connection and take the answer."""
-        with suppress(OSError), gevent.Timeout(LINGER, False):
+        with suppress(OSError), gevent.Timeout(LINGER, False), self.waiting:
             self.socket.shutdown(socket.SHUT_WR)
             while self.socket.recv(65536):
                 gevent.sleep(0)
 
 
+class Refusals:
+    """Tells of refused requests, in one line a second at most."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._untold = 0
+        self._told = 0.0
+
+    def tell(self, why: str) -> None:
+        """Tell that a request was refused, for the reason why, and of those since the last line."""
+        self._untold += 1
+        now = time.monotonic()
+        if now - self._told >= 1:
+            log.info("Refused requests: %d, the last one: %s", self._untold, why)
+            self._untold, self._told = 0, now
+
+
 class Server(WSGIServer):
     """The HTTP server of one process, which counts the requests that it is answering."""
 
-    handler_class = Handler
+    handler_class: Any = Handler
     running = 0
+
+    def __init__(
+        self, listener: socket.socket, application: Any, memory: Memory, **kw: Any
+    ) -> None:
+        """Serve application to the clients of listener, within memory."""
+        super().__init__(listener, application, **kw)
+        self.clients = Clients(memory)
+        self.refusals = Refusals()
+
+    def handle(self, sock: Any, address: Any) -> None:
+        """Serve one client, or tell it that there are too many."""
+        with self.clients.memory.grant() as grant:
+            handler = Handler(sock, address, self, grant)
+            if not self.clients.enter(grant):
+                handler.refuse()
+                return
+            try:
+                handler.handle()
+            finally:
+                self.clients.leave(handler)
 
     def drain(self) -> None:
         """Accept nothing more and wait, at most DRAIN_TIMEOUT seconds, for running requests."""
@@ -301,12 +424,14 @@ class Server(WSGIServer):
                 gevent.sleep(0.01)
 
 
-def serve(
-    name: str, make: Callable[[], tuple[Application, Connection]], port: int, workers: int = 1
-) -> None:
+Make = Callable[[Memory], tuple[Application, Connection]]
+
+
+def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserve: int = 0) -> None:
     """Serve the application that make returns, in workers processes, until SIGTERM or SIGINT.
 
-    make is called in each process, and is the first there to import what must not be shared.
+    make is called in each process with its share of the limit, the bytes of all of them, without
+    what it needs besides (reserve), and is the first there to import what must not be shared.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -317,28 +442,28 @@ def serve(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = socket.create_server(("0.0.0.0", port), backlog=1024)
     listener.setblocking(False)
+    memory = Memory.of(limit, workers, reserve)
     if workers == 1:
-        _work(name, make, listener)
+        _work(name, make, listener, memory)
     else:
-        _supervise(lambda: _work(name, make, listener, many=True), workers)
+        _supervise(lambda slot: _work(name, make, listener, memory, slot), workers)
 
 
 def _work(
-    name: str,
-    make: Callable[[], tuple[Application, Connection]],
-    listener: socket.socket,
-    many: bool = False,
+    name: str, make: Make, listener: socket.socket, memory: Memory, slot: int | None = None
 ) -> None:
-    application, connection = make()
+    if slot is not None:
+        shared.claim(slot)
+    application, connection = make(memory)
     server = Server(
         listener,
         application,
-        spawn=MAX_CLIENTS,
+        memory,
         log=None,
         error_log=logging.getLogger("door.http"),
         # Else the server asks the DNS for its own name before it starts. One process of many
         # takes one client at a time, so that they share them.
-        environ={"SERVER_NAME": name, "wsgi.multiprocess": many},
+        environ={"SERVER_NAME": name, "wsgi.multiprocess": slot is not None},
     )
     stop = Event()
     # A container's first process has no default action for signals.
@@ -352,9 +477,12 @@ def _work(
     connection.stop()
 
 
-def _supervise(work: Callable[[], None], count: int) -> None:
-    """Keep count processes that do work, until SIGTERM or SIGINT, which each of them gets."""
-    workers: set[int] = set()
+def _supervise(work: Callable[[int], None], count: int) -> None:
+    """Keep a process that does work in each of count slots, until SIGTERM or SIGINT.
+
+    Each of them gets the signal.
+    """
+    workers: dict[int, int] = {}
     signals = {signal.SIGTERM, signal.SIGINT}
     stopping = False
 
@@ -370,18 +498,20 @@ def _supervise(work: Callable[[], None], count: int) -> None:
     while workers or not stopping:
         # Else a signal between the fork and the note of it would miss a worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        while not stopping and len(workers) < count:
+        for slot in set(range(count)).difference(workers.values()):
+            if stopping:
+                break
             pid = os.fork()
             if pid == 0:
                 for number in signals:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-                work()
+                work(slot)
                 sys.exit()
-            workers.add(pid)
+            workers[pid] = slot
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         pid, status = os.wait()
-        workers.discard(pid)
+        shared.forget(workers.pop(pid))
         if not stopping:
             log.warning("Worker %d ended with %d", pid, os.waitstatus_to_exitcode(status))
             time.sleep(RESPAWN_DELAY)

@@ -8,6 +8,7 @@ from typing import Self
 import pika
 
 from door.environment import Environment
+from door.memory import MIB
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class EventSettings:
             host=env.optional("FLUENTD_HOST"),
             port=env.number("FLUENTD_PORT", cls.port, 1, 65535),
         )
+
+
+def read_memory(env: Environment) -> int:
+    """Read MEMORY_LIMIT, the bytes of the container; ConfigError by name."""
+    return env.number("MEMORY_LIMIT", 512 * MIB, 128 * MIB, 1024 * 1024 * MIB)
 
 
 @dataclass(frozen=True)

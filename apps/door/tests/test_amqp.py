@@ -15,8 +15,8 @@ import pika.adapters.base_connection
 import pika.connection
 import pytest
 from door.amqp import JoinedConnection, Link
+from door.metrics import BROKER_UP
 from door.settings import BrokerSettings
-from door.web import BROKER_UP
 from gevent.server import StreamServer
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel

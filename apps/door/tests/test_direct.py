@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from door import BrokerUnavailable
-from door.direct import Answer, Direct, json_answer
-from door.events import Event
+from door.call import Answer, Call, json_answer
+from door.memory import OutOfMemory
+from door.metrics import REQUESTS
 from door.settings import Access
-from door.web import REQUESTS, current_event, equip
-from flask import Flask, request
+from door.web import equip
+from flask import Flask
 from werkzeug.test import Client
 
 
@@ -21,40 +22,33 @@ class Events(list[dict[str, Any]]):
         return True
 
 
-def act(kind: str, event: Event) -> None:
-    event.fields |= {"event": "publish", "message_id": kind}
-    if kind == "broker":
-        raise BrokerUnavailable("The broker is away.")
-    if kind == "bug":
-        raise ZeroDivisionError("the code's secret")
-    event.deferred = kind == "deferred"
-
-
 class Door:
-    """An app with one route, which is direct too; its requests say in X-Kind what it shall do."""
+    """A door with one route; its requests say in X-Kind what it shall do."""
 
-    def __init__(self, root: Path, access: Access) -> None:
+    def __init__(self, root: Path, access: Access, direct: bool) -> None:
         self.events = Events()
-        self.directly = 0
+        self.by_flask = 0
         (root / "openapi.json").write_text("{}")
         app = Flask("door", root_path=str(root))
-        equip(app, SimpleNamespace(up=True), self.events, access)
-
-        @app.post("/data")
-        def data() -> dict[str, str]:
-            act(request.headers["X-Kind"], current_event())
-            return {"sent": "ü"}
-
         routes = {("POST", "/data"): self._data}
-        self.flask = Client(app)
-        self.direct = Client(Direct(app, routes, self.events, access))
+        app.before_request(self._count)
+        equip(app, SimpleNamespace(up=True), self.events, access, routes, routes if direct else ())
+        self.client = Client(app)
 
-    def _data(self, environ: dict[str, Any], event: Event) -> Answer | None:
-        if environ["HTTP_X_KIND"] == "unusual":
-            return None
-        self.directly += 1
-        act(environ["HTTP_X_KIND"], event)
-        return json_answer(200, {"sent": "ü"})
+    def _count(self) -> None:
+        self.by_flask += 1
+
+    def _data(self, call: Call) -> Answer:
+        kind = call.header("X-Kind") or ""
+        call.event.fields |= {"event": "publish", "message_id": kind}
+        if kind == "broker":
+            raise BrokerUnavailable("The broker is away.")
+        if kind == "memory":
+            raise OutOfMemory
+        if kind == "bug":
+            raise ZeroDivisionError("the code's secret")
+        call.event.deferred = kind == "deferred"
+        return json_answer(200, {"sent": "ü", **call.query("x")})
 
 
 ACCESS = Access(("Bearer t0ken",))
@@ -70,8 +64,9 @@ GOOD = {"Authorization": "bearer t0ken"}
         ({"X-Kind": "deferred"}, "/data", 1),
         ({"X-Kind": "broker"}, "/data", 1),
         ({"X-Kind": "bug"}, "/data", 1),
-        ({"X-Kind": "unusual"}, "/data", 0),
-        ({"X-Kind": "good"}, "/data?x=1", 0),
+        ({"X-Kind": "memory"}, "/data", 1),
+        ({"X-Kind": "good"}, "/data?x=1", 1),
+        ({"X-Kind": "good"}, "/data?y=1", 1),
         ({"X-Kind": "good"}, "/nowhere", 0),
         ({"X-Kind": "good", "Authorization": "bearer wrong"}, "/data", 0),
         ({"X-Kind": "good", "Authorization": ""}, "/data", 0),
@@ -82,10 +77,9 @@ def test_a_direct_answer_and_its_event_and_its_count_are_as_flask_s(
     tmp_path: Path, headers: dict[str, str], path: str, directly: int, access: Access
 ) -> None:
     seen = []
-    door = Door(tmp_path, access)
-    for client in door.flask, door.direct:
+    for door in Door(tmp_path, access, direct=False), Door(tmp_path, access, direct=True):
         before = counts()
-        answer = client.post(path, headers=GOOD | headers)
+        answer = door.client.post(path, headers=GOOD | headers)
         told = dict(answer.headers)
         id_ = told.pop("X-Request-Id")
         for event in door.events:
@@ -102,10 +96,9 @@ def test_a_direct_answer_and_its_event_and_its_count_are_as_flask_s(
                 {key for key, value in counted.items() if value},
             )
         )
-        door.events.clear()
     assert seen[0] == seen[1]
     if access is ACCESS or "Authorization" not in headers:
-        assert door.directly == directly
+        assert door.by_flask == 1 - directly
 
 
 def counts() -> dict[tuple[str, ...], float]:
@@ -113,7 +106,7 @@ def counts() -> dict[tuple[str, ...], float]:
 
 
 def test_a_bug_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    answer = Door(tmp_path, Access()).direct.post("/data", headers={"X-Kind": "bug"})
+    answer = Door(tmp_path, Access(), direct=True).client.post("/data", headers={"X-Kind": "bug"})
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the code's secret" in caplog.text

@@ -12,11 +12,13 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import pytest
 from door import BrokerUnavailable, events
+from door.call import Answer, Call, json_answer
 from door.events import DROPPED, Sender
 from door.settings import Access, EventSettings
-from door.web import current_event, equip
-from flask import Flask, abort, request
+from door.web import equip
+from flask import Flask
 from flask.testing import FlaskClient
+from werkzeug.exceptions import abort
 
 DEADLINE = 5  # seconds any promise may take
 
@@ -103,24 +105,23 @@ def sender(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> Iterator[Se
     sender.close()
 
 
+def data(call: Call) -> Answer:
+    call.event.fields |= {"event": "publish", "queue": "takeaway", "message_id": "m"}
+    match call.query("fault", "secret").get("fault"):
+        case "caller":
+            abort(400, "That was wrong." * 100)
+        case "broker":
+            raise BrokerUnavailable("The broker is away.")
+        case "code":
+            raise ZeroDivisionError("the code's secret")
+    return json_answer(200, "done")
+
+
 @pytest.fixture
 def client(sender: Sender, tmp_path: Path) -> FlaskClient:
     (tmp_path / "openapi.json").write_text("{}")
     app = Flask("door", root_path=str(tmp_path))
-    equip(app, SimpleNamespace(up=True), sender, Access())
-
-    @app.post("/data")
-    def data() -> str:
-        current_event().fields |= {"event": "publish", "queue": "takeaway", "message_id": "m"}
-        match request.args.get("fault"):
-            case "caller":
-                abort(400, "That was wrong." * 100)
-            case "broker":
-                raise BrokerUnavailable("The broker is away.")
-            case "code":
-                raise ZeroDivisionError("the code's secret")
-        return "done"
-
+    equip(app, SimpleNamespace(up=True), sender, Access(), {("POST", "/data"): data})
     return app.test_client()
 
 

@@ -14,25 +14,31 @@ from http.client import HTTPMessage, parse_headers
 from io import BufferedReader, BytesIO
 from itertools import pairwise
 from select import select
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import gevent
 import pytest
+from door.call import Call
+from door.clients import Clients
+from door.events import Event
+from door.memory import BASE, MIB, Memory
 from door.server import Body, Handler
-from door.web import _chunks
 
 DEADLINE = 5  # seconds any promise may take
+LIMIT = 512 * MIB  # bytes of the container
 
-# Arguments: port, workers, a folder, and the server's constants to be changed.
+# Arguments: port, workers, a folder, the container's memory, and constants to be changed.
 SCRIPT = """
 import os, sys
 from door import server
-for name, value in (pair.split("=") for pair in sys.argv[4:]):
+for name, value in (pair.split("=") for pair in sys.argv[5:]):
     setattr(server, name, float(value))
 import gevent
+from door.call import Answer, json_answer
 from door.settings import Access
-from door.web import equip, read_body
-from flask import Flask, request
+from door.web import equip
+from flask import Flask
 
 def tell(word):
     os.write(1, f"{word}\\n".encode())
@@ -42,30 +48,31 @@ class Connection:
     def __getattr__(self, name):
         return lambda: tell(name)
 
-def make():
+def make(memory):
     app = Flask("door", root_path=sys.argv[3])
-    equip(app, Connection(), None, Access())
 
-    @app.route("/", methods=["GET", "POST"])
-    def echo():
-        body = read_body(10_000_000).decode() if request.method == "POST" else ""
-        if seconds := request.args.get("sleep", 0.0, float):
-            gevent.sleep(seconds)
-        if request.method == "POST":
+    def echo(call):
+        query = call.query("sleep")
+        body = call.read(10_000_000).decode() if call.environ["REQUEST_METHOD"] == "POST" else ""
+        if query:
+            gevent.sleep(float(query["sleep"]))
+        if body:
             tell("answered")
-        return {"body": body, "pid": os.getpid()}
+        return json_answer(200, {"body": body, "pid": os.getpid(), "held": memory.held})
 
-    @app.post("/unread")
-    def unread():
-        return {"body": None}
+    def unread(call):
+        return json_answer(200, {"body": None})
 
-    @app.get("/large")
-    def large():
-        return "x" * 20_000_000
+    def large(call):
+        call.hold(2_000_000)
+        return Answer(200, [("Content-Length", "20000000")], [b"x" * 20_000_000])
 
+    routes = {("GET", "/"): echo, ("POST", "/"): echo}
+    routes |= {("POST", "/unread"): unread, ("GET", "/large"): large}
+    equip(app, Connection(), None, Access(), routes, [("GET", "/large")])
     return app, Connection()
 
-server.serve("door", make, int(sys.argv[1]), int(sys.argv[2]))
+server.serve("door", make, int(sys.argv[1]), int(sys.argv[4]), int(sys.argv[2]))
 """
 
 Answer = tuple[int, HTTPMessage, bytes]
@@ -104,6 +111,13 @@ class Client:
         """Wait for the end; False when something else comes, an error when nothing does."""
         return self.stream.read(1) == b""
 
+    def let_go(self) -> bool:
+        """Whether the connection ends, before or in the middle of an answer."""
+        with suppress(ConnectionResetError):
+            while self.stream.read(100_000):
+                pass
+        return True
+
     def trickle(self, data: bytes) -> None:
         """Send data in single bytes until the server answers."""
         self.socket.settimeout(0.05)
@@ -120,10 +134,10 @@ class Client:
 class Door:
     """A server in a process of its own."""
 
-    def __init__(self, root: str, workers: int, settings: dict[str, float]) -> None:
+    def __init__(self, root: str, workers: int, limit: int, settings: dict[str, float]) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
-        arguments = [str(self.port), str(workers), root]
+        arguments = [str(self.port), str(workers), root, str(limit)]
         arguments += [f"{name}={value}" for name, value in settings.items()]
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, *arguments],
@@ -147,7 +161,7 @@ class Door:
     def running(self, seconds: float) -> Client:
         """Return the client of a request that the application is answering for seconds."""
         client = self.client(
-            f"POST /?sleep={seconds} HTTP/1.1\r\nContent-Length: 1\r\n".encode()
+            f"POST /?sleep={seconds} HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n".encode()
             + b"Expect: 100-continue\r\n\r\n"
         )
         assert client.answer()[0] == 100
@@ -155,7 +169,7 @@ class Door:
         return client
 
     def ask(self, target: str, seconds: float = DEADLINE) -> tuple[int, dict[str, Any]]:
-        with self.client(f"GET {target} HTTP/1.1\r\n\r\n".encode(), seconds) as client:
+        with self.client(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode(), seconds) as client:
             status, _, body = client.answer()
             return status, json.loads(body)
 
@@ -204,8 +218,8 @@ def start(root: str) -> Iterator[Start]:
     """Start a server for one test: start(workers, CONSTANT=value)."""
     with ExitStack() as doors:
 
-        def begin(workers: int = 1, **settings: float) -> Door:
-            door = Door(root, workers, settings)
+        def begin(workers: int = 1, limit: int = LIMIT, **settings: float) -> Door:
+            door = Door(root, workers, limit, settings)
             doors.callback(door.kill)
             return door
 
@@ -215,7 +229,7 @@ def start(root: str) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def door(root: str) -> Iterator[Door]:
     """Return a server with its own constants, for the tests that leave it as it is."""
-    door = Door(root, 1, {})
+    door = Door(root, 1, LIMIT, {})
     yield door
     door.kill()
 
@@ -223,12 +237,12 @@ def door(root: str) -> Iterator[Door]:
 @pytest.fixture(scope="module")
 def hasty(root: str) -> Iterator[Door]:
     """Return a server with little patience."""
-    door = Door(root, 1, {"CLIENT_TIMEOUT": 0.5})
+    door = Door(root, 1, LIMIT, {"CLIENT_TIMEOUT": 0.5})
     yield door
     door.kill()
 
 
-LINE = b"POST / HTTP/1.1\r\n"
+LINE = b"POST / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 
 
@@ -247,7 +261,8 @@ CHUNKED = b"Transfer-Encoding: chunked"
         (LINE + b"Content-Length: 1\r\nContent-Length: 1\r\n\r\nx", 400),
         (LINE + b"Content-Length: 1\r\ncontent-length: 2\r\n\r\nx", 400),
         (LINE + b"Authorization: Basic a\r\nAuthorization: Basic b\r\n\r\n", 400),
-        (LINE + b"Host: a\r\nHost: b\r\n\r\n", 400),
+        (LINE + b"Host: a\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\n\r\n", 400),
         (LINE + CHUNKED + b"\r\nContent-Length: 1\r\n\r\n0\r\n\r\n", 400),
         (LINE + CHUNKED + b"\r\n" + CHUNKED + b"\r\n\r\n0\r\n\r\n", 400),
         *[
@@ -258,12 +273,12 @@ CHUNKED = b"Transfer-Encoding: chunked"
             (LINE + b"Transfer-Encoding: " + encoding + b"\r\n\r\n", 501)
             for encoding in (b"gzip", b"gzip, chunked", b"chunked, chunked", b"identity", b"")
         ],
-        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
-        (b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
+        (b"GET /" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414),
         (b"x" * 100_000, 414),
         (b"GET /\r\n\r\n", 400),
         (b"GET\r\n\r\n", 400),
-        (b"GET / x HTTP/1.1\r\n\r\n", 400),
+        (b"GET / x HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET / HTTP/2.0\r\n\r\n", 400),
         (b"GET / HTTP/x\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),  # TLS
@@ -283,14 +298,14 @@ def test_a_refused_client_can_read_why_while_it_is_still_sending(
 
 
 def test_headers_up_to_the_limits_are_taken(door: Door) -> None:
-    many = b"".join(b"X-%d: x\r\n" % number for number in range(100))
+    many = b"".join(b"X-%d: x\r\n" % number for number in range(99))
     for headers in many, b"X: " + b"x" * 32_000 + b"\r\n":
         with door.client(LINE + headers + b"\r\n") as client:
             assert client.answer()[0] == 200
 
 
 def test_pipelined_requests_are_answered_in_order(door: Door) -> None:
-    one = b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\n%d"
+    one = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n%d"
     with door.client(b"".join(one % number for number in range(9))) as client:
         answers = [client.answer() for _ in range(9)]
     assert [json.loads(body)["body"] for _, _, body in answers] == list("012345678")
@@ -309,8 +324,8 @@ def test_a_connection_is_kept_for_the_next_request(door: Door, line: bytes) -> N
     "request_",
     [
         b"GET / HTTP/1.0\r\n\r\n",
-        b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
-        b"GET / HTTP/1.1\r\nCONNECTION: Close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nCONNECTION: Close\r\n\r\n",
     ],
 )
 def test_a_connection_ends_after_the_answer_when_its_client_wants_that(
@@ -325,7 +340,7 @@ def test_a_connection_ends_after_the_answer_when_its_client_wants_that(
 def test_a_body_that_nobody_read_ends_the_connection_after_a_readable_answer(
     door: Door, length: bytes
 ) -> None:
-    with door.client(b"POST /unread HTTP/1.1\r\n" + length + b"\r\n\r\n") as client:
+    with door.client(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n") as client:
         client.socket.sendall(b"1\r\nx\r\n" * 100_000)
         assert client.answer()[0] == 200
         assert client.ended()
@@ -393,7 +408,7 @@ def test_a_client_that_expects_100_continue_sends_its_body_after_it(
         assert client.answer()[0] == 100
         client.socket.sendall(sent)
         assert json.loads(client.answer()[2])["body"] == "abc"
-    with door.client(b"POST /unread HTTP/1.1\r\n" + head) as client:
+    with door.client(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + head) as client:
         assert client.answer()[0] == 200, "a body that nobody wants is not asked for"
         assert client.ended()
 
@@ -404,8 +419,8 @@ SLOW_BODY = LINE + b"Content-Length: 99\r\n\r\n"
 @pytest.mark.parametrize(
     ("head", "drops"),
     [
-        (LINE + b"Host: x\r\n", b""),
-        (LINE + b"Host: x\r\n", b"x" * 90),
+        (LINE + b"X: x\r\n", b""),
+        (LINE + b"X: x\r\n", b"x" * 90),
         (SLOW_BODY, b""),
         (SLOW_BODY, b"x" * 90),
         (LINE + CHUNKED + b"\r\n\r\n50\r\n", b""),
@@ -425,7 +440,7 @@ def test_slow_headers_and_slow_bodies_end_by_408_in_time(
     assert 0.4 < time.monotonic() - started < 3
 
 
-@pytest.mark.parametrize("request_", [b"", b"GET /", b"GET /healthz HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("request_", [b"", b"GET /", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"])
 def test_a_client_without_a_next_request_is_let_go_in_time(hasty: Door, request_: bytes) -> None:
     with hasty.client(request_, seconds=2) as client:
         if request_.endswith(b"\n"):
@@ -434,7 +449,7 @@ def test_a_client_without_a_next_request_is_let_go_in_time(hasty: Door, request_
 
 
 def test_a_client_that_does_not_read_its_answer_is_let_go_in_time(hasty: Door) -> None:
-    with hasty.client(b"GET /large HTTP/1.1\r\n\r\n") as client:
+    with hasty.client(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n") as client:
         time.sleep(1)  # the client's slowness is the test
         received = 0
         try:
@@ -448,7 +463,7 @@ def test_a_client_that_does_not_read_its_answer_is_let_go_in_time(hasty: Door) -
 def test_hundreds_of_slow_clients_keep_nobody_waiting_and_are_all_told(start: Start) -> None:
     door = start(CLIENT_TIMEOUT=2)
     with ExitStack() as stack:
-        heads = [LINE + b"Host: x\r\n", SLOW_BODY + b"x"] * 150
+        heads = [LINE + b"X: x\r\n", SLOW_BODY + b"x"] * 150
         clients = [stack.enter_context(door.client(head)) for head in heads]
         started = time.monotonic()
         for _ in range(5):
@@ -504,7 +519,8 @@ def test_little_is_read_of_a_chunked_body_between_two_turns_of_others(extension:
 
     watcher = gevent.spawn(watch)
     try:
-        assert _chunks(body, 100_000) == b"x" * 9000
+        environ = {"wsgi.input": body, "HTTP_TRANSFER_ENCODING": "chunked"}
+        assert Call(environ, Event(None, None)).read(100_000) == b"x" * 9000
     finally:
         watcher.kill()
     seen.append(body.rfile.tell())
@@ -524,11 +540,63 @@ def test_what_a_refused_client_still_sends_keeps_nobody_waiting() -> None:
 
     handler: Any = Handler.__new__(Handler)
     handler.socket = line = Line()
+    handler.server = SimpleNamespace(clients=Clients(Memory(MIB)))
+    handler.address = ""
     seen: list[int] = []
     gevent.spawn(lambda: seen.append(line.received))
     handler._linger()
     gevent.idle()
     assert seen[0] < 10_000
+
+
+def test_a_target_with_a_host_is_that_host_s(door: Door) -> None:
+    line = b"GET http://x:5001/?sleep=0 HTTP/1.1\r\nHost: x\r\n\r\n"
+    with door.client(line + line.replace(b"/?sleep=0", b"")) as client:
+        assert [client.answer()[0] for _ in range(2)] == [200, 200]
+
+
+def test_an_empty_line_before_a_request_is_skipped(door: Door) -> None:
+    with door.client(b"\r\n" + LINE + b"Content-Length: 1\r\n\r\nx") as client:
+        assert json.loads(client.answer()[2])["body"] == "x"
+
+
+# A door of little memory: 3.9 MiB, of which 124 connections may take three quarters.
+SMALL = BASE + 6 * MIB
+CONNECTIONS = 300
+
+
+def flood(stack: ExitStack, door: Door, data: bytes) -> list[Client]:
+    """Have CONNECTIONS clients send data and no more."""
+    return [stack.enter_context(door.client(data)) for _ in range(CONNECTIONS)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 30_000,
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        LINE + b"Content-Length: 9000000\r\n\r\n" + b"x" * 30_000,
+        b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=["idle", "in its headers", "answered", "in its body", "not reading"],
+)
+def test_clients_who_keep_a_door_waiting_make_room_for_others(start: Start, data: bytes) -> None:
+    door = start(limit=SMALL)
+    with ExitStack() as stack:
+        clients = flood(stack, door, data)
+        for _ in range(5):
+            assert door.ask("/")[0] == 200
+        assert clients[0].let_go(), "who came first and did nothing is still there"
+    eventually(lambda: door.ask("/")[1]["held"] < MIB)
+
+
+def test_a_body_counts_as_it_arrives(door: Door) -> None:
+    with ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(door.client(LINE + b"Content-Length: 9000000\r\n\r\n"))
+        eventually(lambda: door.ask("/")[1]["held"] > 50 * 64 * 1024)
+        assert door.ask("/")[1]["held"] < 50 * 128 * 1024
 
 
 @pytest.mark.parametrize(
@@ -540,7 +608,7 @@ def test_a_signal_lets_running_requests_finish_and_ends_the_rest(
     door = start(workers)
     door.all_pids(workers)
     with ExitStack() as stack:
-        idle = stack.enter_context(door.client(b"GET / HTTP/1.1\r\n\r\n"))
+        idle = stack.enter_context(door.client(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"))
         assert idle.answer()[0] == 200
         short, long = (stack.enter_context(door.running(seconds)) for seconds in (0.2, 0.8))
         door.process.send_signal(number)

@@ -12,11 +12,15 @@ from typing import Any
 import gevent
 import pytest
 from door import BrokerUnavailable
+from door.call import Answer, Call, json_answer
+from door.metrics import REQUESTS
 from door.settings import Access
-from door.web import REQUESTS, _Bodies, equip, read_body
-from flask import Flask, abort
+from door.shared import forget
+from door.web import equip
+from flask import Flask
 from flask.testing import FlaskClient
 from gevent.event import Event
+from werkzeug.exceptions import abort
 from werkzeug.test import TestResponse
 
 LIMIT = 49 * 4096  # bytes of a body: whole pieces, as it is read
@@ -48,8 +52,7 @@ def make(broker: SimpleNamespace, events: Events, tmp_path: Path) -> Make:
 
     def client(*accepted: str) -> FlaskClient:
         app = Flask("door", root_path=str(tmp_path))
-        equip(app, broker, events, Access(accepted))
-        add_routes(app)
+        equip(app, broker, events, Access(accepted), ROUTES)
         return app.test_client()
 
     return client
@@ -60,22 +63,40 @@ def client(make: Make) -> FlaskClient:
     return make()
 
 
-def add_routes(app: Flask) -> None:
-    @app.post("/broken/<kind>")
-    def broken(kind: str) -> str:
-        if kind == "broker":
-            raise BrokerUnavailable("The broker is away.")
-        if kind == "detail":
-            error = BrokerUnavailable("The broker left.")
-            error.details = {"certain": 3}
-            raise error
-        if kind == "caller":
-            abort(400, "That was wrong.")
-        raise ZeroDivisionError("the code's secret")
+def by_broker(_call: Call) -> Answer:
+    raise BrokerUnavailable("The broker is away.")
 
-    @app.post("/body")
-    def body() -> str:
-        return str(len(read_body(LIMIT)))
+
+def in_detail(_call: Call) -> Answer:
+    error = BrokerUnavailable("The broker left.")
+    error.details = {"certain": 3}
+    raise error
+
+
+def by_caller(_call: Call) -> Answer:
+    abort(400, "That was wrong.")
+
+
+def by_code(_call: Call) -> Answer:
+    raise ZeroDivisionError("the code's secret")
+
+
+def body(call: Call) -> Answer:
+    return json_answer(200, len(call.read(LIMIT)))
+
+
+def query(call: Call) -> Answer:
+    return json_answer(200, call.query("max", "wait"))
+
+
+ROUTES = {
+    ("POST", "/broken/broker"): by_broker,
+    ("POST", "/broken/detail"): in_detail,
+    ("POST", "/broken/caller"): by_caller,
+    ("POST", "/broken/code"): by_code,
+    ("POST", "/body"): body,
+    ("GET", "/query"): query,
+}
 
 
 @pytest.mark.parametrize(
@@ -208,12 +229,11 @@ def test_a_body_that_is_too_large_or_late_or_cut_off_is_the_client_s_fault(
     status: int,
     word: str,
 ) -> None:
-    monkeypatch.setattr("door.web.CLIENT_TIMEOUT", 0.05)
+    monkeypatch.setattr("door.call.CLIENT_TIMEOUT", 0.05)
     with gevent.Timeout(3):
         answer = post(client, body, length)
     assert answer.status_code == status
     assert word in (answer.json or {})["message"]
-    assert _Bodies.held == 0
 
 
 def test_of_a_body_without_an_end_no_more_is_read_than_the_limit(client: FlaskClient) -> None:
@@ -222,34 +242,29 @@ def test_of_a_body_without_an_end_no_more_is_read_than_the_limit(client: FlaskCl
     assert body.stream.tell() <= LIMIT + 4096
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_too_many_large_bodies_at_a_time_are_to_be_sent_later(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, chunked: bool
+@pytest.mark.parametrize(
+    ("query", "status", "word"),
+    [
+        ("", 200, ""),
+        ("max=1&wait=", 200, ""),
+        ("ack=manual", 400, "'ack'; known here: max, wait"),
+        ("Max=1", 400, "'Max'"),
+        ("max", 200, ""),
+        ("max=1&max=1", 400, "max twice"),
+        ("&".join(f"a{n}" for n in range(99)), 400, "more than 20"),
+    ],
+)
+def test_a_parameter_that_is_not_known_or_doubled_is_named(
+    client: FlaskClient, query: str, status: int, word: str
 ) -> None:
-    monkeypatch.setattr("door.web.MAX_BODIES", 2 * LIMIT)
-    length = None if chunked else LIMIT
-    come = Event()
-    held = [gevent.spawn(post, client, Input(come), LIMIT) for _ in range(2)]
-    gevent.idle()
-    assert _Bodies.held == 2 * LIMIT
-    for _ in range(2):  # a refused one takes nothing
-        busy = post(client, Input(AssertionError("it was read")), length)
-        assert (busy.status_code, busy.headers["Retry-After"]) == (503, "1")
-        assert list(busy.json or []) == ["message"]
-    assert post(client, Input(b"x" * 9), 9).status_code == 200
-    none = {"wsgi.input": Input(AssertionError("it was read")), "CONTENT_LENGTH": None}
-    assert client.post("/body", environ_overrides=none).text == "0", "no length is no body"
-    come.set()
-    assert {one.get(timeout=3).status_code for one in held} == {200}
-    assert _Bodies.held == 0
-    assert post(client, Input(b"x" * LIMIT), length).status_code == 200
+    answer = client.get(f"/query?{query}")
+    assert answer.status_code == status
+    assert word in (answer.json or {}).get("message", "")
 
 
-def test_a_large_body_alone_is_taken_whatever_the_bound_of_all(
-    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("door.web.MAX_BODIES", 1)
-    assert post(client, Input(b"x" * LIMIT), LIMIT).status_code == 200
+def test_a_head_request_runs_no_route(client: FlaskClient) -> None:
+    answer = client.head("/query")
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "GET")
 
 
 def test_health_is_alive_without_a_broker_and_ready_only_with_it(
@@ -267,39 +282,63 @@ def test_requests_are_counted_by_route_not_by_path(client: FlaskClient) -> None:
     def count(route: str, status: int) -> float:
         return REQUESTS.labels(route, status)._value.get()
 
-    before = count("none", 404), count("/broken/<kind>", 400)
+    before = count("none", 404), count("/broken/caller", 400)
     client.post("/a-path-of-an-attacker")
     client.post("/broken/caller")
-    assert (count("none", 404), count("/broken/<kind>", 400)) == (before[0] + 1, before[1] + 1)
+    assert (count("none", 404), count("/broken/caller", 400)) == (before[0] + 1, before[1] + 1)
     text = client.get("/metrics").text
     assert "attacker" not in text
     assert 'http_request_duration_seconds_bucket{le="0.001",route="none"}' in text
 
 
 WORKER = """
-import os, sys, flask, types
+import os, sys, types
+from door.shared import claim
+claim(int(sys.argv[2]))
+import flask
 from door.events import DROPPED
+from door.metrics import BROKER_UP, REQUESTS
 from door.settings import Access
-from door.web import BROKER_UP, REQUESTS, equip
+from door.web import equip
 BROKER_UP.set(int(sys.argv[1]))
 REQUESTS.labels("/data", 201).inc(5)
 DROPPED.inc(2)
-if sys.argv[2] == "dies":
-    os._exit(0)
 app = flask.Flask("door", root_path=sys.argv[3])
-equip(app, types.SimpleNamespace(up=True), None, Access())
+equip(app, types.SimpleNamespace(up=True), None, Access(), {})
 print(app.test_client().get("/metrics").text)
+os._exit(0)
 """
 
 
-def test_metrics_sum_the_workers_and_forget_a_dead_one_s_gauge(tmp_path: Path) -> None:
-    (tmp_path / "openapi.json").write_text(DESCRIPTION)
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+def work(folder: Path, root: Path, up: int, slot: int) -> str:
+    """Let a worker of slot count five requests and drop two events; its metrics then."""
+    (root / "openapi.json").write_text(DESCRIPTION)
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(folder)}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
-    text = ""
-    for arguments in (["0", "dies"], ["1", "answers"]):
-        command = [sys.executable, "-c", WORKER, *arguments, str(tmp_path)]
-        text = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    assert 'http_requests_total{route="/data",status="201"} 10.0' in text
-    assert "events_dropped_total 4.0" in text
+    command = [sys.executable, "-u", "-c", WORKER, str(up), str(slot), str(root)]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+
+
+def test_metrics_sum_the_workers_and_forget_a_dead_one_s_gauge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    work(tmp_path, tmp_path, up=0, slot=0)
+    assert "broker_up 0.0" in work(tmp_path, tmp_path, up=1, slot=1)
+    forget(0)
+    text = work(tmp_path, tmp_path, up=1, slot=1)
+    assert 'http_requests_total{route="/data",status="201"} 15.0' in text
+    assert "events_dropped_total 6.0" in text
     assert "broker_up 1.0" in text
+
+
+def test_many_restarts_leave_no_files_behind(tmp_path: Path) -> None:
+    for count in range(1, 4):
+        text = work(tmp_path, tmp_path, up=1, slot=0)
+        assert f"events_dropped_total {2.0 * count}" in text
+    assert len(list(tmp_path.glob("*.db"))) == 3
+
+
+def test_a_worker_without_room_for_metrics_serves_and_tells_its_own(tmp_path: Path) -> None:
+    full = Path("/dev/full-of-nothing")  # a folder that is not there is as good as a full one
+    assert "events_dropped_total 2.0" in work(full, tmp_path, up=1, slot=0)

@@ -1,0 +1,108 @@
+"""Who is connected to one process, and for whom of them it waits.
+
+A process that runs short of memory, or of connections, lets somebody go who keeps it waiting: of
+the address with the most such clients the one that has done nothing for the longest time. So who
+floods a door meets himself, and a newcomer is served.
+"""
+
+import time
+from typing import Protocol
+
+from door.memory import Grant, Memory
+
+# Bytes of a connection: its greenlet, its buffers here and in the kernel, its request's headers.
+CONNECTION = 24 * 1024
+# Share of the memory that connections may take.
+SHARE = 0.75
+# Seconds a client may take for the next part of its body, or of its answer, before it may be let
+# go where memory is short. One without a request may be let go at once.
+STALLED = 0.5
+
+
+class Waited(Protocol):
+    """A client for whom the server may have to wait."""
+
+    @property
+    def address(self) -> str:
+        """Where it comes from."""
+
+    def let(self) -> int:
+        """Let it go: what the server waits for will not come; the bytes that it holds."""
+
+
+class Waits:
+    """The clients for whom the process waits, by address, longest first."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._since: dict[str, dict[Waited, float]] = {}
+
+    def begin(self, client: Waited) -> None:
+        """Note that client is waited for from now on."""
+        self._since.setdefault(client.address, {})[client] = time.monotonic()
+
+    def end(self, client: Waited) -> None:
+        """Note that client is waited for no more."""
+        others = self._since.get(client.address, {})
+        others.pop(client, None)
+        if not others:
+            self._since.pop(client.address, None)
+
+    def longest(self, least: float = 0) -> Waited | None:
+        """Return who is waited for the longest, of the address with the most of them.
+
+        None when that is less than least seconds.
+        """
+        for others in sorted(self._since.values(), key=len, reverse=True):
+            client, since = next(iter(others.items()))
+            if time.monotonic() - since >= least:
+                return client
+        return None
+
+
+class Clients:
+    """The connections of one process, bounded by its memory."""
+
+    def __init__(self, memory: Memory) -> None:
+        """Begin without any; memory sheds some of them when it runs short."""
+        self.most = int(memory.size * SHARE) // CONNECTION
+        # Who has not sent all headers of a request since it came, or since its last answer.
+        self.idle = Waits()
+        # Who is sending a body, or taking an answer.
+        self.slow = Waits()
+        self.memory = memory
+        self._count = 0
+        # Who was let go and is still to end.
+        self._leaving: set[Waited] = set()
+        memory.shed = self.shed
+
+    def enter(self, grant: Grant) -> bool:
+        """Count a connection and have grant hold its memory; False: refuse it.
+
+        Where there are enough it takes the place of another, whose memory is free in a moment.
+        """
+        room = self._count - len(self._leaving) < self.most
+        if not (room or self.shed(least=0)):
+            return False
+        self._count += 1
+        grant.take_anyway(CONNECTION)
+        return True
+
+    def leave(self, client: Waited) -> None:
+        """Count client's connection no more."""
+        self.idle.end(client)
+        self._leaving.discard(client)
+        self._count -= 1
+
+    def shed(self, least: float = STALLED) -> int:
+        """Let somebody go who is waited for; the bytes that this client holds, 0 without one.
+
+        Whoever is in the middle of a request must have stalled for least seconds.
+        """
+        client = self.idle.longest() or self.slow.longest(least)
+        if client is None:
+            return 0
+        self.idle.end(client)
+        self.slow.end(client)
+        self._leaving.add(client)
+        return client.let()

@@ -1,0 +1,45 @@
+"""A door's metrics, summed over all workers of its container."""
+
+import os
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from door.shared import DIRECTORY
+
+REQUESTS = Counter("http_requests", "HTTP requests answered", ["route", "status"])
+DURATION = Histogram(
+    "http_request_duration_seconds",
+    "Time from a request's arrival to its answer, without what it asked to wait",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+BROKER_UP = Gauge(
+    "broker_up",
+    "1 while every worker of this door holds an open connection to the broker",
+    multiprocess_mode="livemin",
+)
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+def count(route: str, status: int, seconds: float) -> None:
+    """Count a request of route whose answer begins now, after seconds."""
+    REQUESTS.labels(route, status).inc()
+    DURATION.labels(route).observe(seconds)
+
+
+def text() -> bytes:
+    """Return the metrics in Prometheus' text format."""
+    registry = REGISTRY
+    if DIRECTORY in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
