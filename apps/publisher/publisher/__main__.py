@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from door.environment import ConfigError, Environment
+from door.memory import Memory
 from door.server import Application, serve
 
 from publisher.settings import Settings
@@ -19,7 +20,7 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"publisher: {error}")
 
-    def make() -> tuple[Application, "Broker"]:
+    def make(_memory: Memory) -> tuple[Application, "Broker"]:
         # Not before: the first process would count in the metrics as one that never connects.
         from publisher.app import create_app
         from publisher.broker import Broker
@@ -27,7 +28,7 @@ def main() -> None:
         broker = Broker(settings)
         return create_app(settings, broker), broker
 
-    serve("publisher", make, settings.port, settings.workers)
+    serve("publisher", make, settings.port, settings.memory, settings.workers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # mypy: disable-error-code=no-untyped-call
 """Confirmed publishing: a message counts as sent once the broker confirmed it.
 
-Requests put their messages into an outbox and wait. One flush a turn of the event loop sends what
-is there, and a confirm settles one message or all up to it (https://www.rabbitmq.com/docs/confirms).
+Requests put their messages into an outbox and wait. One flush a turn of the event loop sends some
+of each, and a confirm settles one message or all up to it (https://www.rabbitmq.com/docs/confirms).
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 
 from door import BrokerUnavailable
 from door.amqp import Link
-from door.web import BROKER_UP
+from door.metrics import BROKER_UP
 from gevent import get_hub
 from gevent.event import Event
 from pika.channel import Channel
@@ -25,8 +25,14 @@ from publisher.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Messages that are sent by one flush, so that a batch does not keep everybody else waiting.
-MAX_FLUSH = 500
+# Messages that are sent by one flush, so that a batch does not keep everybody else waiting, and by
+# the turn of one request in it. Bytes: when so many are sent, there follows no other message.
+MAX_FLUSH, MAX_FLUSH_BYTES = 500, 1024 * 1024
+MAX_TURN, MAX_TURN_BYTES = 10, 64 * 1024
+# Messages and bytes that wait for their confirms at a time: a new message is behind no more.
+WINDOW, WINDOW_BYTES = 1000, 8 * 1024 * 1024
+# Bytes that pika keeps because the broker does not read: no more is written then.
+MAX_UNWRITTEN = 1024 * 1024
 
 UNSENT = "the message was not published"
 UNKNOWN = "whether the message was published is unknown"
@@ -34,12 +40,13 @@ UNKNOWN = "whether the message was published is unknown"
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What is published: body, id, content type (None: not told), and headers."""
+    """What is published: body, id, content type and encoding (None: not told), and headers."""
 
     body: bytes
     id: str
     content_type: str | None = "text/plain"
     headers: dict[str, str] = field(default_factory=dict)
+    content_encoding: str | None = None
 
 
 class Unconfirmed(BrokerUnavailable):
@@ -95,10 +102,15 @@ class Broker(Link):
         super().__init__(settings.broker, "publisher")
         self._settings = settings
         self._blocked = False
-        self._outbox: deque[_Sending] = deque()
+        # Requests that have had no turn yet, and those that have messages left after one.
+        self._fresh: deque[_Sending] = deque()
+        self._begun: deque[_Sending] = deque()
+        # Whether the next flush is for the latter alone, as there was no room for them in the last.
+        self._owed = False
         self._flush_due = False
         # Delivery tag → message, in the order of publishing, so that a multiple ack is a prefix.
         self._unconfirmed: dict[int, tuple[_Sending, int]] = {}
+        self._unconfirmed_bytes = 0
         # Message id → why it was returned, and the last tag at that time: of several messages with
         # one id that were on their way then, all count as returned.
         self._returned: dict[str, tuple[str, int]] = {}
@@ -123,7 +135,7 @@ class Broker(Link):
             state = "is not connected" if self.channel is None else "blocks publishers"
             raise Unconfirmed(f"The broker {state}; {UNSENT}.")
         sending = _Sending(messages)
-        self._outbox.append(sending)
+        self._fresh.append(sending)
         self._flush_soon()
         signs, left = self._signs, sending.left
         while not sending.done.wait(self._settings.confirm_timeout):
@@ -160,6 +172,7 @@ class Broker(Link):
         self._blocked = False
         self._give_up_all("The connection to the broker was lost")
         self._unconfirmed.clear()
+        self._unconfirmed_bytes = 0
         self._returned.clear()
 
     def _confirms_on(self, channel: Channel) -> None:
@@ -173,44 +186,77 @@ class Broker(Link):
             get_hub().loop.run_callback(self._flush)
 
     def _flush(self) -> None:
-        """Send what is in the outbox, in the order in which it came."""
+        """Send some of what waits: new requests first, by half of what is sent if others wait.
+
+        What finds no room is sent after a confirm: there is one to come, as the room is taken by
+        what is unconfirmed.
+        """
         self._flush_due = False
-        if not self.up:  # a failure has settled the outbox
+        if not self.up:  # a failure has settled all that waited
             return
+        count = min(MAX_FLUSH, WINDOW - len(self._unconfirmed))
+        size = min(MAX_FLUSH_BYTES, WINDOW_BYTES - self._unconfirmed_bytes)
+        connection = self.channel.connection  # type: ignore[union-attr]
+        if count <= 0 or size <= 0 or _unwritten(connection) > MAX_UNWRITTEN:
+            return
+        waited = bool(self._begun)
+        share = 2 if waited else 1
         try:
-            with self.channel.connection.joined():  # type: ignore[union-attr]
-                for _ in range(MAX_FLUSH):
-                    while self._outbox and self._outbox[0].done.is_set():
-                        self._outbox.popleft()  # its request gave up
-                    if not self._outbox:
-                        break
-                    self._send(self._outbox[0])
+            with connection.joined():
+                taken = sent = 0
+                if not self._owed:
+                    taken, sent = self._serve(self._fresh, -(-count // share), -(-size // share))
+                served, _ = self._serve(self._begun, count - taken, size - sent)
+                # A large new message has taken all.
+                self._owed = waited and not served
         except Exception as error:  # whatever it was, the tags need no longer be pika's
             self.drop(error)
-        if self._outbox:
+        if self._fresh or self._begun:
             self._flush_soon()
 
-    def _send(self, sending: _Sending) -> None:
-        """Send the next message of sending, the first in the outbox."""
+    def _serve(self, waiting: deque[_Sending], most: int, size: int) -> tuple[int, int]:
+        """Give turns to those waiting; return how many messages, and bytes, that sent.
+
+        At most most messages are sent, and none after size bytes.
+        """
+        count = total = 0
+        while waiting and count < most and total < size:
+            sending = waiting.popleft()
+            if sending.done.is_set():  # its request gave up
+                continue
+            turn = 0
+            for _ in range(min(MAX_TURN, most - count)):
+                turn += self._send(sending)
+                count += 1
+                if sending.sent == len(sending.messages) or turn >= MAX_TURN_BYTES:
+                    break
+            total += turn
+            if sending.sent < len(sending.messages):
+                self._begun.append(sending)
+        return count, total
+
+    def _send(self, sending: _Sending) -> int:
+        """Send the next message of sending; return its bytes."""
         index = sending.sent
         message = sending.messages[index]
         sending.sent += 1
-        if sending.sent == len(sending.messages):
-            self._outbox.popleft()
         self._tag += 1
         self._unconfirmed[self._tag] = sending, index
+        self._unconfirmed_bytes += len(message.body)
         self.channel.basic_publish(  # type: ignore[union-attr]
             self._settings.exchange,
             self._settings.routing_key,
             message.body,
             BasicProperties(
                 content_type=message.content_type,
+                content_encoding=message.content_encoding,
                 delivery_mode=2,
                 message_id=message.id,
                 headers=message.headers,
             ),
             mandatory=True,
         )
+        return len(message.body)
 
     def _on_return(
         self, _channel: Channel, method: Basic.Return, properties: BasicProperties, _body: bytes
@@ -233,10 +279,14 @@ class Broker(Link):
         for tag in tags:
             sending, index = self._unconfirmed.pop(tag, (None, 0))
             if sending is not None:
-                sending.settle(index, error or self._return_of(sending.messages[index], tag))
+                message = sending.messages[index]
+                self._unconfirmed_bytes -= len(message.body)
+                sending.settle(index, error or self._return_of(message, tag))
         first = next(iter(self._unconfirmed), self._tag + 1)
         while self._returned and next(iter(self._returned.values()))[1] < first:
             del self._returned[next(iter(self._returned))]
+        if self._fresh or self._begun:
+            self._flush_soon()
 
     def _return_of(self, message: Message, tag: int) -> str | None:
         """Why message, published as tag, was returned; None if it was not."""
@@ -258,5 +308,12 @@ class Broker(Link):
         """Fail every waiting request; sent messages stay listed, as their confirms may follow."""
         for sending, _ in self._unconfirmed.values():
             sending.fail(f"{what}; {UNKNOWN}.")
-        while self._outbox:
-            self._outbox.popleft().fail(f"{what}; {UNSENT}.")
+        for waiting in self._fresh, self._begun:
+            while waiting:
+                waiting.popleft().fail(f"{what}; {UNSENT}.")
+
+
+def _unwritten(connection: Any) -> int:
+    """Bytes that connection keeps until the system takes them."""
+    transport = connection._transport
+    return 0 if transport is None else int(transport.get_write_buffer_size())

@@ -1,18 +1,25 @@
-"""What a request says: messages in forms, in JSON, in lines of JSON, or as they are."""
+"""What a request says: messages in forms, in JSON, in lines of JSON, or as they are.
+
+What a body becomes while it is read is bounded, or asked for, before it is read; and nothing here
+keeps other requests waiting for long.
+"""
 
 import json
 import os
 import time
 import uuid
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from io import BytesIO
-from typing import Any, NoReturn
-from urllib.parse import parse_qsl
+from typing import NoReturn
+from urllib.parse import unquote_to_bytes
 
+from door.call import PIECE, SHORT, Call
 from door.events import REQUEST_ID
-from door.server import Body
-from door.web import current_event, read_body
-from flask import Request, abort
-from werkzeug.formparser import FormDataParser
+from gevent import sleep
+from werkzeug.exceptions import RequestEntityTooLarge, abort
+from werkzeug.http import parse_options_header
+from werkzeug.sansio.multipart import Data, Field, File, MultipartDecoder, NeedData, State
 
 from publisher.broker import Message
 from publisher.settings import Settings
@@ -20,16 +27,26 @@ from publisher.settings import Settings
 # Bounds the work that a hostile form can cause.
 MAX_FIELDS = 100
 MAX_LINES = 10_000
-# Bytes of a line beside its message.
-MAX_LINE_EXTRA = 4096
-# Bytes beside the message.
+# Bytes beside the message: of a body, of a form's field without its value, and of a line.
 WRAPPING = 64 * 1024
+MAX_NAME = 3 * len("message")
+MAX_LINE_EXTRA = 4096
 # Bytes of an id, a content type or a header's name: AMQP has one byte for their length.
 MAX_SHORT = 255
+# Bytes of memory for each byte of a JSON body: as text and its value, where a character has one
+# byte, and where each of them has four.
+NARROW, WIDE = 3, 9
+# Bytes of memory for each byte of JSON outside of strings (`[0],` becomes a list of 88 bytes), and
+# of a part's headers.
+NESTED = 40
+# Bytes of a message's object and its id.
+MESSAGE = 512
+# Bytes of lines, LINE for each of them besides, that are read in one turn (some milliseconds).
+TURN, LINE = 256 * 1024, 1024
 MISSING = object()
 FORM = "application/x-www-form-urlencoded"
-# Bytes that the server reads at a time together with the headers.
-SHORT_FORM = 4096
+# What JSON writes with one or two bytes.
+PLAIN = bytes([*range(0x20, 0x7F), *b"\b\f\n\r\t"])
 
 
 def uuid7() -> str:
@@ -39,46 +56,21 @@ def uuid7() -> str:
     return str(uuid.UUID(int=value))
 
 
-def plain_form(environ: dict[str, Any], limit: int) -> str | None:
-    """Return the text of a short urlencoded form that has arrived whole; None for all else.
-
-    What is not returned stays where it is, in door.server's input.
-    """
-    source = environ["wsgi.input"]
-    length = int(environ.get("CONTENT_LENGTH") or 0)
-    usual = environ.get("CONTENT_TYPE") == FORM and "HTTP_EXPECT" not in environ
-    if not usual or not 0 < length < SHORT_FORM or not isinstance(source, Body):
-        return None
-    try:
-        body = source.rfile.peek()[:length]
-    except TimeoutError:
-        abort(408, "The body took too long.")
-    except OSError:
-        return None
-    if len(body) < length:
-        return None
-    try:
-        text = _form_field(body)
-    except ValueError:
-        return None
-    if text is None or len(text) * 4 > limit:
-        return None
-    source.read()  # type: ignore[no-untyped-call]
-    return text
-
-
-def text_message(request: Request, limit: int, request_id: str) -> tuple[str, Message]:
+def text_message(call: Call, limit: int) -> tuple[str, Message]:
     """Return the text of a form or a JSON object, unchanged, and the message that it becomes.
 
-    Aborts with 400, 413 or 415 when there is none, or when it has more than limit bytes.
+    Aborts with 400, 413 or 415 when there is none, or when it has more than limit bytes; raises
+    OutOfMemory. Memory is held for the text, the message, and the text as JSON.
     """
+    kind, options = _media_type(call)
+    _refuse_encoded(call)
     # A byte takes up to 3 percent-encoded and 6 in JSON (\u0000), and there is some wrapping.
-    if request.mimetype == FORM:
-        text = _from_form(read_body(3 * limit + WRAPPING), limit)
-    elif request.mimetype == "multipart/form-data":
-        text = _from_multipart(read_body(limit + WRAPPING), request)
-    elif request.is_json:
-        text = _from_json(read_body(6 * limit + WRAPPING))
+    if kind == FORM:
+        text = _from_form(call, call.read(3 * limit + WRAPPING))
+    elif kind == "multipart/form-data":
+        text = _from_multipart(call, call.read(limit + WRAPPING), options.get("boundary", ""))
+    elif kind == "application/json" or (kind.startswith("application/") and kind[-5:] == "+json"):
+        text = _from_json(call, call.read(6 * limit + WRAPPING))
     else:
         abort(415, "Send a form, or JSON as application/json.")
     if text is MISSING:
@@ -91,48 +83,98 @@ def text_message(request: Request, limit: int, request_id: str) -> tuple[str, Me
         abort(400, "The message has a lone surrogate, which UTF-8 cannot carry.")
     if len(body) > limit:
         abort(413, f"The message has {len(body)} bytes in UTF-8; at most {limit} are taken.")
-    return text, Message(body, uuid7(), headers={REQUEST_ID: request_id})
+    _hold_echo(call, body)
+    return text, Message(body, uuid7(), headers={REQUEST_ID: call.event.request_id})
 
 
-def raw_message(request: Request, limit: int, request_id: str) -> Message:
-    """Return the request's body as a message, with its content type, id and X- headers.
+def raw_message(call: Call, limit: int) -> Message:
+    """Return the request's body as a message, with its type, encoding, id and X- headers.
 
     Aborts with 400 when one of them does not fit into AMQP, and with 413 over limit bytes.
     """
-    message_id = request.headers.get("Message-Id") or uuid7()
-    content_type = request.headers.get("Content-Type")
+    message_id = call.header("Message-Id") or uuid7()
+    content_type = call.header("Content-Type") or None
+    encoding = call.header("Content-Encoding") or None
     headers = {
-        name: value.encode("latin-1").decode(errors="replace")
-        for name, value in request.headers
-        if name.startswith("X-")
+        name[5:].replace("_", "-").title(): value.encode("latin-1").decode(errors="replace")
+        for name, value in call.environ.items()
+        if name.startswith("HTTP_X_")
     }
-    for name, value in {"Message-Id": message_id, "Content-Type": content_type or ""}.items():
-        if not value.isascii() or len(value) > MAX_SHORT:
+    given = {"Message-Id": message_id, "Content-Type": content_type, "Content-Encoding": encoding}
+    for name, value in given.items():
+        if value and (not value.isascii() or len(value) > MAX_SHORT):
             abort(400, f"{name} must be ASCII, of {MAX_SHORT} characters at most.")
     if any(len(name) > MAX_SHORT for name in headers):
         abort(400, f"The name of a header must have {MAX_SHORT} characters at most.")
-    return Message(read_body(limit), message_id, content_type, headers | {REQUEST_ID: request_id})
+    headers[REQUEST_ID] = call.event.request_id
+    return Message(call.read(limit), message_id, content_type, headers, encoding)
 
 
-def batch(body: bytes, settings: Settings, request_id: str) -> list[Message]:
-    """Return the messages of lines of JSON; aborts with 400 or 413, naming the line."""
-    count = body.count(b"\n") + (not body.endswith(b"\n"))
-    if count > MAX_LINES:
-        abort(413, f"The body has {count} lines; at most {MAX_LINES} are taken.")
-    lines = body.removesuffix(b"\n").split(b"\n")
+def batch(call: Call, settings: Settings) -> list[Message]:
+    """Return the messages of lines of JSON; aborts with 400, 413 or 415, naming the line.
+
+    Raises OutOfMemory. Memory is held for the messages, and for the line that takes most while it
+    is read.
+    """
+    _refuse_encoded(call)
+    body = call.read(settings.max_batch_bytes).removeprefix(BOM_UTF8).rstrip()
     if not body:
         abort(400, "The body has no line.")
-    headers = {REQUEST_ID: request_id}
+    count = body.count(b"\n") + 1
+    if count > MAX_LINES:
+        abort(413, f"The body has {count} lines; at most {MAX_LINES} are taken.")
+    call.hold(len(body) + MESSAGE * count)
+    headers = {REQUEST_ID: call.event.request_id}
     limit = settings.max_message_bytes
-    return [_line(number, line, limit, headers) for number, line in enumerate(lines, 1)]
+    messages, held, done = [], 0, 0
+    # BytesIO shares body, and a list of its lines would be another copy.
+    for number, line in enumerate(BytesIO(body), 1):
+        done += LINE + len(line)
+        if done > TURN:
+            sleep(0)
+            done = 0
+        if len(line) > MAX_LINE_EXTRA:
+            _check_line(number, line, limit)
+            if (room := _json_room(line)) > held:
+                call.hold(room - held)
+                held = room
+        messages.append(_line(number, line.strip(), limit, headers))
+    return messages
+
+
+def _media_type(call: Call) -> tuple[str, dict[str, str]]:
+    """Return the request's media type in lower case and its parameters."""
+    value = call.header("Content-Type") or ""
+    if value == FORM:  # what most clients send word for word
+        return FORM, {}
+    kind, options = parse_options_header(value)
+    return kind.lower(), options
+
+
+def _refuse_encoded(call: Call) -> None:
+    encoding = (call.header("Content-Encoding") or "identity").strip().lower()
+    if encoding != "identity":
+        abort(415, f"The body is sent as {encoding[:50]}; send it unencoded.")
+
+
+def _hold_echo(call: Call, body: bytes) -> None:
+    """Hold memory for the answer, which has the message as JSON, while it is made and sent."""
+    if len(body) > SHORT:
+        escaped = len(body.translate(None, PLAIN))
+        call.hold(3 * (len(body) + 5 * escaped))
+
+
+def _check_line(number: int, line: bytes, limit: int) -> None:
+    """Refuse a long line that is no message: it could take seconds and hundreds of megabytes."""
+    line = line.strip()
+    room = 6 * limit if line.startswith((b'"', b"{")) else 0
+    if len(line) > room + MAX_LINE_EXTRA or _outside(line, MAX_LINE_EXTRA) > MAX_LINE_EXTRA:
+        _bad_line(number, f"is not JSON of a message of at most {limit} bytes")
 
 
 def _line(number: int, line: bytes, limit: int, headers: dict[str, str]) -> Message:
-    # What no message needs could take seconds and hundreds of megabytes to read.
-    line = line.strip()
-    room = 6 * limit if line.startswith((b'"', b"{")) else 0
-    if len(line) > room + MAX_LINE_EXTRA:
-        _bad_line(number, f"is not JSON of a message of at most {limit} bytes")
+    if not line:
+        _bad_line(number, "is empty")
     try:
         value = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -165,49 +207,115 @@ def _bad_line(number: int, what: str) -> NoReturn:
     abort(400, f"Line {number} {what}. Nothing was sent.")
 
 
-def _from_form(body: bytes, limit: int) -> object:
-    """Read an urlencoded form; Flask's own parser takes a third of the request's time."""
-    # What is no message of this size would keep everybody else waiting for seconds.
-    if body.count(b"%") > limit + WRAPPING:
-        abort(413)
+def _from_form(call: Call, body: bytes) -> object:
+    """Return the first `message` of an urlencoded form; other fields are not decoded."""
+    if body.count(b"&") >= MAX_FIELDS:
+        abort(400, f"The form has more than {MAX_FIELDS} fields.")
+    if len(body) > SHORT:
+        call.hold(2 * len(body))  # as bytes and as text; _unquoted needs little more
+    for field in body.split(b"&"):
+        name, _, value = field.partition(b"=")
+        if len(name) <= MAX_NAME and unquote_to_bytes(name) == b"message":
+            return _form_text(b"".join(_unquoted(value.replace(b"+", b" "))))
+    if body.removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
+        abort(400, "The body looks like JSON; send it with Content-Type: application/json.")
+    return MISSING
+
+
+def _unquoted(value: bytes) -> Iterator[bytes]:
+    """Decode percent-escapes, each of which takes 64 bytes meanwhile: piece by piece, in turns."""
+    start = 0
+    while len(value) - start > PIECE:
+        end = start + PIECE
+        escape = value.find(b"%", end - 2, end)  # one that the cut would halve
+        end = end if escape < 0 else escape
+        yield unquote_to_bytes(value[start:end])
+        start = end
+        sleep(0)
+    yield unquote_to_bytes(value[start:])
+
+
+def _form_text(value: bytes | bytearray) -> str:
     try:
-        text = _form_field(body)
+        return value.decode()
     except UnicodeDecodeError:
         abort(400, "The form is not UTF-8.")
+
+
+def _from_multipart(call: Call, body: bytes, boundary: str) -> object:
+    """Return the first part `message` of a form, a field or a file; others are thrown away."""
+    # The part, as bytes that grow and as text; and headers, which wait for their end.
+    call.hold(3 * len(body) + NESTED * min(len(body), WRAPPING + PIECE))
+    text: bytearray | None = None
+    wanted = False
+    try:
+        for event in _parts(body, boundary.encode("ascii")):
+            if isinstance(event, Field | File):
+                wanted = text is None and event.name == "message"
+                text = bytearray() if wanted else text
+            elif isinstance(event, Data) and wanted and text is not None:
+                text += event.data
     except ValueError:
-        abort(400, f"The form has more than {MAX_FIELDS} fields.")
-    return MISSING if text is None else text
+        abort(400, "The form cannot be read: it is not as its Content-Type says.")
+    except RequestEntityTooLarge:
+        abort(413, f"The form has more than {MAX_FIELDS} fields, or {WRAPPING} bytes around one.")
+    return MISSING if text is None else _form_text(text)
 
 
-def _form_field(body: bytes) -> str | None:
-    """Return the first `message` of an urlencoded form, None without one; raises ValueError."""
-    fields = parse_qsl(
-        body.decode(), keep_blank_values=True, errors="strict", max_num_fields=MAX_FIELDS
-    )
-    return next((value for name, value in fields if name == "message"), None)
+def _parts(body: bytes, boundary: bytes) -> Iterator[object]:
+    """Yield werkzeug's events of a form; raises ValueError, and RequestEntityTooLarge."""
+    if not boundary:
+        raise ValueError("There is no boundary.")
+    # What waits in the decoder is a part's headers, or less than a boundary.
+    decoder = MultipartDecoder(boundary, WRAPPING + PIECE, max_parts=MAX_FIELDS)
+    for start in range(0, len(body), PIECE):
+        decoder.receive_data(body[start : start + PIECE])
+        while not isinstance(event := decoder.next_event(), NeedData):
+            yield event
+        if decoder.state is State.EPILOGUE:
+            return
+        sleep(0)
+    raise ValueError("The form does not end.")
 
 
-def _from_multipart(body: bytes, request: Request) -> object:
-    parser = FormDataParser(max_form_memory_size=len(body), max_form_parts=MAX_FIELDS)
-    form = parser.parse(BytesIO(body), request.mimetype, len(body), request.mimetype_params)[1]
-    text = form.get("message")
-    if text is None:
-        return MISSING
-    # werkzeug puts U+FFFD for what it cannot decode; a real one is in the body as it is.
-    if "\ufffd" in text and text.encode() not in body:
-        abort(400, "The form is not UTF-8.")
-    return text
-
-
-def _from_json(body: bytes) -> object:
+def _from_json(call: Call, body: bytes) -> object:
+    """Return what the member `message` of a JSON object is."""
+    body = body.removeprefix(BOM_UTF8)
+    if len(body) > SHORT:
+        if _outside(body, WRAPPING) > WRAPPING:
+            abort(413, f"The JSON has more than {WRAPPING} bytes outside of its strings.")
+        call.hold(_json_room(body))
+    fault = None
     try:
         value = json.loads(body.decode())
-    # Nesting that is too deep is a RecursionError, all else a ValueError.
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            # It quotes a byte of the body, which is for the client only.
-            current_event().fields["reason"] = "The body is not UTF-8."
-        abort(400, f"The body is not JSON in UTF-8: {error}")
+    except UnicodeDecodeError as error:
+        fault = f"its byte {error.start + 1} is not UTF-8."
+    except json.JSONDecodeError as error:
+        fault = f"it cannot be read from line {error.lineno}, column {error.colno} on."
+    except RecursionError:
+        fault = "it is nested too deeply."
+    except ValueError:
+        fault = "it has a number that is too long."
+    if fault:
+        abort(400, f"The body is not JSON in UTF-8: {fault}")
     if not isinstance(value, dict):
         abort(400, "The JSON must be an object.")
     return value.get("message", MISSING)
+
+
+def _json_room(body: bytes) -> int:
+    """Return the bytes that JSON takes while it is read, besides its own."""
+    narrow = body.isascii() and b"\\u" not in body
+    return (NARROW if narrow else WIDE) * len(body) + NESTED * min(len(body), WRAPPING)
+
+
+def _outside(body: bytes, most: int) -> int:
+    """Return how many bytes of JSON are neither in strings nor white, or something over most.
+
+    Linear in time whatever the bytes are.
+    """
+    # Of escapes only these two could hide where a string ends.
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, b" \t\r\n")
+    if plain.count(b'"') > 2 * most:  # between two strings there is always a byte
+        return most + 1
+    return sum(map(len, plain.split(b'"')[::2]))

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from door.environment import Environment
-from door.settings import Access, BrokerSettings, EventSettings
-
-MIB = 1024 * 1024
+from door.memory import MIB
+from door.settings import Access, BrokerSettings, EventSettings, read_memory
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,8 @@ class Settings:
     port: int = 5000
     # Processes, each with a connection to the broker.
     workers: int = 2
+    # Bytes of memory that all of them have.
+    memory: int = 512 * MIB
     # Bytes of a message (as UTF-8 where it is text); RabbitMQ itself takes no more than 16 MiB.
     max_message_bytes: int = MIB
     # Bytes of a whole batch.
@@ -32,8 +33,8 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, WORKERS, MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and
-        CONFIRM_TIMEOUT.
+        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, WORKERS, MEMORY_LIMIT, MAX_MESSAGE_BYTES,
+        MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
         """
         return cls(
             broker=BrokerSettings.read(env),
@@ -43,6 +44,7 @@ class Settings:
             routing_key=env.text("RABBITMQ_ROUTING_KEY", cls.routing_key),
             port=env.number("PORT", cls.port, 1, 65535),
             workers=env.number("WORKERS", cls.workers, 1, 99),
+            memory=read_memory(env),
             max_message_bytes=env.number("MAX_MESSAGE_BYTES", cls.max_message_bytes, 1, 16 * MIB),
             max_batch_bytes=env.number("MAX_BATCH_BYTES", cls.max_batch_bytes, 1, 64 * MIB),
             confirm_timeout=env.number("CONFIRM_TIMEOUT", int(cls.confirm_timeout), 1, 4),

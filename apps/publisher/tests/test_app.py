@@ -1,25 +1,29 @@
 """The HTTP contract, through Flask's test client, with a broker that only remembers."""
 
+import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus, urlencode
 
+import gevent
 import gevent.socket
 import msgpack  # type: ignore[import-untyped]
 import pytest
 from door.environment import ConfigError, Environment
+from door.memory import Memory
 from door.server import Body
 from door.settings import Access
 from flask.testing import FlaskClient
@@ -198,14 +202,256 @@ def test_a_message_with_too_many_bytes_is_refused(
     assert broker.bodies == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("application/json", b'\xef\xbb\xbf{"message": "pizza"}'),
+        ("application/vnd.pizza+json; charset=utf-8", b'{"message": "pizza"}'),
+        ("Application/X-WWW-Form-Urlencoded; Charset=UTF-8", b"message=pizza"),
+        (FORM, b"m%65ssage=p%69zza"),
+        (FORM, b"other=%ff&message=pizza"),
+    ],
+)
+def test_a_text_is_taken_as_clients_spell_it(
+    client: FlaskClient, broker: FakeBroker, kind: str, body: bytes
+) -> None:
+    assert client.post("/data", data=body, content_type=kind).status_code == 201
+    assert broker.bodies == [b"pizza"]
+
+
+@pytest.mark.parametrize("size", [0, 1, LIMIT])
+def test_a_file_named_message_is_its_text(
+    client: FlaskClient, broker: FakeBroker, size: int
+) -> None:
+    form = {"other": (BytesIO(b"\xff"), "a.png"), "message": (BytesIO(b"p" * size), "a.txt")}
+    assert client.post("/data", data=form).json == {"Message sent": "p" * size}
+    assert broker.bodies == [b"p" * size]
+
+
+def part(name: str, value: str = "") -> str:
+    return f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "fault"),
+    [
+        ("x", part("message", "pizza"), 400, "cannot be read"),
+        ("x", "--x\r\n\r\n\r\n--x--\r\n", 400, "cannot be read"),
+        ("", part("message", "pizza") + "--x--", 400, "cannot be read"),
+        ("ä", part("message", "pizza") + "--x--", 400, "cannot be read"),
+        ("x", part("other") * 101 + "--x--", 413, "more than 100 fields"),
+        ("x", "--x\r\n" + "a:\r\n" * 40_000 + "\r\n--x--", 413, "65536 bytes around"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_multipart_form_that_is_none_is_refused(
+    broker: FakeBroker, kind: str, body: str, status: int, fault: str
+) -> None:
+    client = create_app(Settings(), broker, Events()).test_client()
+    type_ = f"multipart/form-data; boundary={kind}"
+    answer = client.post("/data", data=body.encode(), content_type=type_)
+    assert (answer.status_code, broker.bodies) == (status, [])
+    assert fault in (answer.json or {})["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"message": "hi"}', b' {"message": "a=b&c"}', b"\xef\xbb\xbf{}"]
+)
+def test_json_that_is_sent_as_a_form_is_told_so(client: FlaskClient, body: bytes) -> None:
+    for form in {"data": body, "content_type": FORM}, arrived(body):
+        answer = client.post("/data", **form)
+        assert answer.status_code == 400
+        assert answer.json == {
+            "message": "The body looks like JSON; send it with Content-Type: application/json."
+        }
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "it cannot be read from line 1, column 1 on."),
+        (b'{"message":\n oops}', "it cannot be read from line 2, column 2 on."),
+        (b'{"message": "\xe4"}', "its byte 14 is not UTF-8."),
+        (b"[" * 5000, "it is nested too deeply."),
+        (b'{"message": %s}' % (b"1" * 5000), "it has a number that is too long."),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_not_json_is_told_in_plain_words(
+    client: FlaskClient, body: bytes, words: str
+) -> None:
+    answer = client.post("/data", data=body, content_type="application/json")
+    assert answer.json == {"message": f"The body is not JSON in UTF-8: {words}"}
+
+
+@pytest.mark.parametrize("path", ["/data", "/batch"])
+@pytest.mark.parametrize("encoding", ["gzip", "Deflate", "identity, br"])
+def test_text_that_is_sent_encoded_is_refused_by_name_and_unread(
+    client: FlaskClient, broker: FakeBroker, path: str, encoding: str
+) -> None:
+    environ = {"wsgi.input": Unreadable(), "CONTENT_LENGTH": "9", "CONTENT_TYPE": FORM}
+    headers = {"Content-Encoding": encoding}
+    answer = client.post(path, environ_overrides=environ, headers=headers)
+    assert answer.status_code == 415
+    assert answer.json == {"message": f"The body is sent as {encoding.lower()}; send it unencoded."}
+    assert broker.messages == []
+
+
+@pytest.mark.parametrize("encoding", ["identity", " Identity", ""])
+def test_text_may_say_that_it_is_not_encoded(
+    client: FlaskClient, broker: FakeBroker, encoding: str
+) -> None:
+    headers = {"Content-Encoding": encoding}
+    assert client.post("/data", data={"message": "1"}, headers=headers).status_code == 201
+    assert client.post("/batch", data=b'"2"', headers=headers).status_code == 201
+    assert broker.bodies == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("encoding", [None, "gzip", "x" * 255])
+def test_a_message_of_any_bytes_keeps_its_encoding(
+    client: FlaskClient, broker: FakeBroker, encoding: str | None
+) -> None:
+    body, headers = gzip.compress(b"pizza"), {"Content-Encoding": encoding} if encoding else {}
+    assert client.post("/messages", data=body, headers=headers).status_code == 201
+    assert (broker.last.body, broker.last.content_encoding) == (body, encoding)
+
+
+class Held:
+    """The server's client of a request, with as much memory as it is told."""
+
+    socket = None
+    waiting = nullcontext()
+    let_go = False
+
+    def __init__(self, memory: int) -> None:
+        self.grant = Memory(memory).grant()
+
+
+PART = b'--x\r\nContent-Disposition: form-data; name="message"\r\n\r\npizza\r\n--x--\r\n'
+MIB = 1024 * 1024
+PADDED = b'{"message": "pizza", "x": "%b"}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/data", b'{"message": [%b0]}' % (b"[0]," * 1_575_000), 413),
+        ("/data", b"{%b}" % b",".join(b'"%d":0' % number for number in range(400_000)), 413),
+        ("/data", b'"' * (6 * MIB), 413),
+        ("/data", b"[" * (6 * MIB), 413),
+        ("/data", b'"' + b"\\\\" * (3 * MIB), 400),
+        ("/batch", b'{"message": [%b0]}' % (b"[0]," * 1_500_000), 400),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_json_that_no_text_needs_is_refused_before_it_is_read(
+    broker: FakeBroker, path: str, body: bytes, status: int
+) -> None:
+    client = create_app(Settings(), broker, Events()).test_client()
+    tracemalloc.start()
+    answer = client.post(path, data=body, content_type="application/json")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (answer.status_code, broker.bodies) == (status, [])
+    assert peak < 3.5 * len(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"message":%b"pizza"}' % (b" \n\t" * MIB),
+        PADDED % (b"[0]," * MIB),
+        PADDED % (rb"\"[0],\\" * (MIB // 2)),
+        PADDED % (b'", "y": "' * 7000),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_json_may_be_long_in_its_strings_and_blanks(broker: FakeBroker, body: bytes) -> None:
+    client = create_app(Settings(), broker, Events()).test_client()
+    answer = client.post("/data", data=body, content_type="application/json")
+    assert (answer.status_code, broker.bodies) == (201, [b"pizza"]), answer.json
+
+
+def multipart(value: bytes) -> bytes:
+    return PART.replace(b"pizza", value)
+
+
+MULTIPART = "multipart/form-data; boundary=x"
+LARGE = [
+    ("/data", FORM, b"message=" + b"a" * MIB),
+    ("/data", FORM, b"message=" + b"\0" * MIB),
+    ("/data", FORM, b"message=" + b"%41" * MIB),
+    ("/data", FORM, b"message=" + b"%00" * MIB),
+    ("/data", MULTIPART, multipart(b"\0" * MIB)),
+    ("/data", MULTIPART, multipart("ä".encode() * (MIB // 2))),
+    ("/data", "application/json", b'{"message": "%b"}' % (b"a" * MIB)),
+    ("/data", "application/json", b'{"message": "%b"}' % (b"\\u0000" * MIB)),
+    ("/data", "application/json", b'{"message": "%b"}' % ("ä".encode() * (MIB // 2))),
+    ("/data", "application/json", PADDED % ("🍕".encode() + b"a" * (6 * MIB))),
+    ("/batch", "application/x-ndjson", (b'"%b"\n' % (b"a" * (MIB - 3))) * 15),
+    ("/batch", "application/x-ndjson", (b'"%b"\n' % (b"\\u0000" * MIB)) * 2),
+    ("/batch", "application/x-ndjson", b'""\n' * 10_000),
+]
+
+
+@pytest.mark.parametrize(("path", "kind", "body"), LARGE, ids=lambda value: repr(value)[:30])
+def test_what_a_request_becomes_is_within_the_memory_that_is_held_for_it(
+    broker: FakeBroker, path: str, kind: str, body: bytes
+) -> None:
+    client = create_app(Settings(), broker, Events()).test_client()
+    seen = Held(1024 * MIB)
+
+    def post(held: Held) -> Any:
+        environ = {"door.client": held}
+        stream = BytesIO(body)
+        return client.post(
+            path,
+            input_stream=stream,
+            content_type=kind,
+            content_length=len(body),
+            environ_overrides=environ,
+        )
+
+    tracemalloc.start()
+    answer = post(seen)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert answer.status_code == 201
+    assert peak < seen.grant.amount + MIB
+    broker.messages.clear()
+    answer = post(Held(seen.grant.amount // 2))
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert broker.messages == []
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "body", "turns"),
+    [
+        ("/data", FORM, b"message=" + b"%41" * MIB, 40),
+        ("/data", MULTIPART, multipart(b"\n--xx" * (MIB // 6)), 10),
+        ("/batch", FORM, b'""\n' * 10_000, 30),
+        ("/batch", FORM, (b'"%b"\n' % (b"a" * (MIB - 3))) * 15, 10),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_others_get_a_turn_while_a_large_request_is_read(
+    broker: FakeBroker, path: str, kind: str, body: bytes, turns: int
+) -> None:
+    client = create_app(Settings(), broker, Events()).test_client()
+    request = gevent.spawn(client.post, path, data=body, content_type=kind)
+    taken = 0
+    while not request.ready():
+        gevent.sleep(0)
+        taken += 1
+    assert request.get().status_code == 201
+    assert taken > turns
+
+
 class Unreadable:
     def read(self, *_: object) -> bytes:
         raise AssertionError("the body was read")
 
     readline = readinto = readall = read
-
-
-PART = b'--x\r\nContent-Disposition: form-data; name="message"\r\n\r\npizza\r\n--x--\r\n'
 
 
 @pytest.mark.parametrize(
@@ -336,10 +582,10 @@ def test_a_form_that_has_not_arrived_is_waited_for(
     then: str,
     status: int,
 ) -> None:
-    monkeypatch.setattr("door.web.CLIENT_TIMEOUT", 0.05)
+    monkeypatch.setattr("door.call.CLIENT_TIMEOUT", 0.5)
     ours, theirs = gevent.socket.socketpair()
     with ours, theirs, ours.makefile("rb") as stream:
-        ours.settimeout(0.05)
+        ours.settimeout(0.5)
         theirs.sendall(b"the headers" + come)
         stream.read(11)
         match then:
@@ -437,6 +683,7 @@ def test_the_request_id_that_travels_is_the_one_of_the_answer(
         ({"Message-Id": "ä"}, 400, "Message-Id"),
         ({"Content-Type": "x" * 256}, 400, "Content-Type"),
         ({"Content-Type": "ä"}, 400, "Content-Type"),
+        ({"Content-Encoding": "x" * 256}, 400, "Content-Encoding"),
         ({"X-" + "x" * 254: "1"}, 400, "name of a header"),
         ({}, 413, str(LIMIT)),
         ({"Transfer-Encoding": "chunked"}, 413, str(LIMIT)),
@@ -481,13 +728,13 @@ def test_a_batch_is_published_in_its_order_with_its_ids(
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        (b"", "not JSON"),
-        (b" ", "not JSON"),
+        (b"", "is empty"),
+        (b" ", "is empty"),
         (b"one", "not JSON"),
         (b'"one', "not JSON"),
         (b'"one" "two"', "not JSON"),
         (b'"\xe4"', "not JSON in UTF-8"),
-        (b'\xef\xbb\xbf"one"', "not JSON"),
+        (b'"one"\xef\xbb\xbf', "not JSON"),
         (b"[" * 5000, "not JSON"),
         (b"1" * 5000, "not JSON"),
         (b"1", "is no string"),
@@ -527,7 +774,10 @@ def test_a_bad_line_is_named_and_nothing_of_its_batch_is_sent(
     [
         (b"", 400, 0),
         (b"\n", 400, 0),
-        (b'"x"\n\n', 400, 0),
+        (b'"x"\n\n', 201, 1),
+        (b'"x"\r\n\r\n \n', 201, 1),
+        (b'\xef\xbb\xbf"x"\n', 201, 1),
+        (b"\xef\xbb\xbf\n", 400, 0),
         (b'"x"', 201, 1),
         (b'"%s"\n' % (b"x" * LIMIT), 201, 1),
         (b'""\n' * 10_000, 201, 10_000),
@@ -630,6 +880,7 @@ def test_settings_come_from_the_environment() -> None:
                 "MAX_MESSAGE_BYTES": "7",
                 "MAX_BATCH_BYTES": "8",
                 "CONFIRM_TIMEOUT": "2",
+                "MEMORY_LIMIT": "268435456",
                 "HTTP_TOKEN": "t",
                 "FLUENTD_HOST": "f",
                 "FLUENTD_PORT": "3",
@@ -639,6 +890,7 @@ def test_settings_come_from_the_environment() -> None:
     assert (read.broker.user, read.exchange, read.routing_key) == ("u", "e", "k")
     assert (read.port, read.workers, read.access) == (4, 5, Access(("Bearer t",)))
     assert (read.max_message_bytes, read.max_batch_bytes, read.confirm_timeout) == (7, 8, 2)
+    assert read.memory == 256 * 1024 * 1024
     assert (read.events.host, read.events.port) == ("f", 3)
     assert Settings.read(Environment(LOGIN)) == Settings(broker=read.broker)
 

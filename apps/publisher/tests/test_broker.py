@@ -7,7 +7,7 @@ from typing import Any
 
 import gevent
 import pytest
-from door.web import BROKER_UP
+from door.metrics import BROKER_UP
 from gevent import Greenlet
 from pika.exceptions import ChannelWrongStateError, StreamLostError
 from pika.frame import Method
@@ -22,7 +22,8 @@ DEADLINE = 3  # seconds any promise may take
 class Connection:
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
-        self._transport = object()
+        self._transport = self
+        self.unwritten = 0
         # How many messages left in each piece.
         self.pieces: list[int] = []
         self.channel = Channel(self)
@@ -41,6 +42,9 @@ class Connection:
 
     def _terminate_stream(self, reason: Exception) -> None:
         self.cut_because = reason
+
+    def get_write_buffer_size(self) -> int:
+        return self.unwritten
 
     def block(self) -> None:
         self._blocked(self, Method(0, ConnectionMethods.Blocked("low on memory")))
@@ -372,28 +376,135 @@ def test_the_requests_of_one_turn_leave_in_one_piece_and_in_their_order(make: Ma
     assert done(*requests)
 
 
+def confirm_all(channel: Channel) -> None:
+    """Confirm what is sent until nothing more is."""
+    sent = -1
+    while sent != len(channel.published):
+        sent = len(channel.published)
+        channel.ack(sent, multiple=True)
+        gevent.idle()
+
+
 def test_a_large_batch_leaves_in_order_and_in_pieces_between_which_others_run(make: Make) -> None:
     broker, channel = make()
     bodies = [b"%d" % number for number in range(1234)]
-    seen = []
-
-    def watch() -> None:
-        while len(channel.published) < 1234:
-            seen.append(len(channel.published))
-            gevent.sleep(0)
-
-    watcher = gevent.spawn(watch)
-    request, behind = send(broker, *bodies), send(broker, b"behind")
-    watcher.get(timeout=DEADLINE)
-    gevent.idle()
-    assert channel.bodies == [*bodies, b"behind"]
-    assert channel.connection.pieces[:2] == [500, 500]
-    assert {500, 1000} <= set(seen)
-    channel.ack(1233, multiple=True)
-    gevent.idle()
-    assert not request.ready()
-    channel.ack(1235, multiple=True)
+    request = gevent.spawn(broker.publish, [message(body) for body in bodies])
+    while not channel.published:
+        gevent.sleep(0)
+    assert len(channel.published) == 500, "others run before the rest is sent"
+    behind = send(broker, b"behind")
+    confirm_all(channel)
     assert done(request, behind)
+    # One flush was due already when it came.
+    assert channel.bodies.index(b"behind") in (500, 1000)
+    assert [body for body in channel.bodies if body != b"behind"] == bodies
+    assert max(channel.connection.pieces) == 500
+
+
+def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> None:
+    broker, channel = make()
+    pieces = channel.connection.pieces
+    came: dict[bytes, int] = {}
+
+    def single(body: bytes) -> None:
+        came[body] = len(pieces)
+        broker.publish([message(body)])
+
+    batch = [message(b"")] * 10_000
+    requests = [gevent.spawn(broker.publish, batch) for _ in range(6)]
+    while not all(request.ready() for request in requests[:6]):
+        assert len(pieces) < 1000
+        requests.append(gevent.spawn(single, b"single %d" % len(requests)))
+        gevent.sleep(0)
+        channel.ack(len(channel.published), multiple=True)
+    confirm_all(channel)
+    assert done(*requests)
+    sent, start = {}, 0
+    for number, size in enumerate(pieces):
+        sent.update(dict.fromkeys(channel.bodies[start : start + size], number))
+        start += size
+    assert len(came) > 50
+    assert {body: sent[body] for body in came} == came
+
+
+@pytest.mark.parametrize(
+    ("new", "body"), [(600, b"single"), (5, b"x" * 2_000_000)], ids=["many", "large"]
+)
+def test_batches_go_on_while_new_messages_fill_every_flush(
+    make: Make, new: int, body: bytes
+) -> None:
+    broker, channel = make()
+    batch = gevent.spawn(broker.publish, [message(b"")] * 1000)
+    gevent.sleep(0)
+    singles: list[Greenlet] = []
+    while not batch.ready():
+        assert len(channel.connection.pieces) < 10
+        singles += [gevent.spawn(broker.publish, [message(body)]) for _ in range(new)]
+        gevent.sleep(0)
+        channel.ack(len(channel.published), multiple=True)
+    confirm_all(channel)
+    assert done(batch, *singles)
+
+
+@pytest.mark.parametrize(
+    ("bodies", "least", "most"),
+    [
+        ([b""] * 5000, 1000, 1000),
+        ([b"x" * 1_000_000] * 20, 8, 9),
+        # Larger than every bound, and sent all the same.
+        ([b"x" * 16_000_000] * 3, 1, 1),
+    ],
+    ids=["messages", "bytes", "largest"],
+)
+def test_so_much_and_no_more_waits_for_confirms(
+    make: Make, bodies: list[bytes], least: int, most: int
+) -> None:
+    broker, channel = make()
+    request = send(broker, *bodies)
+    assert least <= len(channel.published) <= most
+    channel.ack(1)
+    gevent.idle()
+    assert least + 1 <= len(channel.published) <= most + 1, "each confirm makes room"
+    confirm_all(channel)
+    assert done(request)
+    assert channel.bodies == bodies
+
+
+def test_nothing_is_written_while_the_broker_does_not_read(make: Make) -> None:
+    broker, channel = make()
+    first = send(broker, b"first")
+    channel.connection.unwritten = 2 * 1024 * 1024
+    second = send(broker, b"second")
+    assert channel.bodies == [b"first"]
+    channel.connection.unwritten = 0
+    channel.ack(1)
+    gevent.idle()
+    channel.ack(2)
+    assert done(first, second)
+
+
+def test_what_waits_for_its_turn_counts_as_not_published_when_the_broker_is_silent(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publisher.broker.WINDOW", 2)
+    broker, channel = make(timeout=0.3)
+    first, behind = send(broker, b"1", b"2"), send(broker, b"3")
+    fails(first, "no confirm.*unknown")
+    fails(behind, "lost.*not published")
+    assert channel.bodies == [b"1", b"2"]
+
+
+def test_a_batch_whose_sent_part_is_confirmed_tells_that_the_rest_was_not_published(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publisher.broker.WINDOW", 2)
+    broker, channel = make()
+    request = send(broker, b"1", b"2", b"3")
+    channel.connection.unwritten = 2 * 1024 * 1024
+    channel.ack(2, multiple=True)
+    gevent.idle()
+    channel.connection.block()
+    assert fails(request, "blocks.*not published") == 2
 
 
 Do = Callable[[Broker, Channel], None]
