@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import schemathesis
 from door import BrokerUnavailable
+from door.memory import Memory
 from door.settings import Access
 from flask import Flask
 from pika.spec import BasicProperties
@@ -103,7 +104,7 @@ def door(name: str, *accepted: str) -> Flask:
         return create_publisher(PublisherSettings(access=access), Publishing())
     broker: Any = Queue()
     with mock.patch("subscriber.app.Dead", Queue):
-        return create_subscriber(broker, SubscriberSettings(access=access))
+        return create_subscriber(broker, SubscriberSettings(access=access), Memory(2**40))
 
 
 def described(name: str, examples: int, *accepted: str) -> schemathesis.BaseSchema:

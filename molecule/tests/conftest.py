@@ -50,10 +50,6 @@ def outcome():
                 if method is None:
                     return count
                 channel.basic_reject(method.delivery_tag, requeue=True)
-        elif action == "redrive":
-            method, _, body = channel.basic_get(*names)
-            channel.basic_reject(method.delivery_tag, requeue=False)
-            return body.decode()
     return "ok"
 try:
     print(json.dumps(outcome()))

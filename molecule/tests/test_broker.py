@@ -1,5 +1,9 @@
 """The broker: its ports, users, topology and policies."""
 
+import json
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from conftest import Stack, eventually
 
@@ -38,6 +42,12 @@ def test_the_node_bears_the_inventorys_name(stack: Stack) -> None:
     assert stack.api("/overview").json["node"] == "rabbit@broker1"
 
 
+def test_its_log_has_no_colours(stack: Stack) -> None:
+    lines = stack.lines("rabbitmq")
+    assert lines
+    assert [line for line in lines if "\\u001b" in line or "\x1b" in line] == []
+
+
 def test_nobody_gets_in_without_a_password_of_ours(stack: Stack) -> None:
     assert [user["name"] for user in stack.api("/users").json] == [
         "admin",
@@ -72,7 +82,8 @@ def test_the_management_api_is_for_admin_and_monitor(stack: Stack, user: str, st
         ("publisher", "declare", ("mine",), 403),
         ("subscriber", "get", ("takeaway",), "ok"),
         ("subscriber", "get", ("takeaway.dead",), "ok"),
-        ("subscriber", "publish", ("takeaway-in", "takeaway"), 403),
+        ("subscriber", "publish", ("takeaway-in", "takeaway"), "ok"),
+        ("subscriber", "publish", ("", "takeaway"), 403),
         ("subscriber", "publish", ("", "takeaway.dead"), 403),
         ("subscriber", "declare", ("mine",), 403),
         ("monitor", "get", ("takeaway",), 403),
@@ -89,16 +100,42 @@ def test_a_user_may_do_what_it_is_for(
 
 
 @pytest.mark.usefixtures("empty_queue")
-def test_a_message_that_nobody_can_handle_goes_to_the_dead_queue_and_back(stack: Stack) -> None:
+def test_a_redriven_message_lives_for_another_full_limit(stack: Stack) -> None:
     stack.send("hard")
-    # One delivery more than the limit, and the broker has set it aside.
-    assert (
-        stack.amqp("subscriber", "use up", "takeaway") == stack.vars["rabbitmq_delivery_limit"] + 1
-    )
-    eventually(lambda: depth(stack, "takeaway.dead") == 1, 20, "the message is in the dead queue")
-    assert stack.amqp("subscriber", "redrive", "takeaway.dead") == "hard"
+    for _ in range(2):
+        # One delivery more than the limit, and the broker has set it aside.
+        used = stack.amqp("subscriber", "use up", "takeaway")
+        assert used == stack.vars["rabbitmq_delivery_limit"] + 1
+        eventually(lambda: depth(stack, "takeaway.dead") == 1, 20, "the message is dead")
+        assert redrive(stack) == {"redriven": 1}
     eventually(lambda: stack.receive().text == "hard\n", 20, "the message is back")
     eventually(lambda: depth(stack, "takeaway.dead") == 0, 20, "the dead queue is empty")
+
+
+@pytest.fixture(params=[1, 2000])
+def policy_for_all(stack: Stack, request: pytest.FixtureRequest) -> Iterator[None]:
+    """A policy for all queues, below and above the stack's own."""
+    definition = json.dumps({"max-length": 100_000})
+    options = ["--priority", str(request.param), "--apply-to", "queues"]
+    control = ["exec", stack.container("rabbitmq"), "rabbitmqctl"]
+    stack.docker(*control, "set_policy", *options, "everything", ".*", definition)
+    yield
+    stack.docker(*control, "clear_policy", "everything")
+
+
+@pytest.mark.usefixtures("empty_queue", "policy_for_all")
+def test_a_policy_for_all_queues_loses_nothing(stack: Stack) -> None:
+    stack.send("kept")
+    receipt = stack.http("apps_subscriber_port", "/receive?ack=manual").headers["x-receipt"]
+    rejected = json.dumps({"receipt": receipt, "requeue": False})
+    stack.http("apps_subscriber_port", "/reject", "--data", rejected)
+    eventually(lambda: depth(stack, "takeaway.dead") == 1, 20, "the message is dead")
+    assert redrive(stack) == {"redriven": 1}
+    eventually(lambda: stack.receive().text == "kept\n", 20, "the message is back")
+
+
+def redrive(stack: Stack) -> Any:
+    return stack.http("apps_subscriber_port", "/dead/redrive", "--request", "POST").json
 
 
 def depth(stack: Stack, queue: str) -> int:

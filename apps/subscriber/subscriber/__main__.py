@@ -3,10 +3,11 @@
 import sys
 
 from door.environment import ConfigError, Environment
+from door.memory import Memory
 from door.server import Application, serve
 
 from subscriber.app import create_app
-from subscriber.broker import Broker
+from subscriber.broker import LARGEST_MESSAGE, Broker
 from subscriber.settings import Settings
 
 
@@ -17,11 +18,12 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(f"subscriber: {error}")
 
-    def make() -> tuple[Application, Broker]:
-        broker = Broker(settings)
-        return create_app(broker, settings), broker
+    def make(memory: Memory) -> tuple[Application, Broker]:
+        broker = Broker(settings, memory)
+        return create_app(broker, settings, memory), broker
 
-    serve("subscriber", make, settings.port)
+    # A message is there as frames and as a body for a moment.
+    serve("subscriber", make, settings.port, settings.memory_limit, reserve=2 * LARGEST_MESSAGE)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
-from itertools import zip_longest
-from typing import Any
 
 from door import events
-from door.direct import Answer, Direct, Headers, Route
-from door.server import SOCKET
-from door.web import current_event, equip, json_response, read_body
-from flask import Flask, Response, abort, request
+from door.call import Answer, Call, json_answer
+from door.memory import Memory
+from door.web import equip
+from flask import Flask, Response
 from gevent.lock import BoundedSemaphore
-from werkzeug.exceptions import MethodNotAllowed
+from werkzeug.datastructures import MIMEAccept
+from werkzeug.exceptions import abort
+from werkzeug.http import parse_accept_header
 
-from subscriber.broker import Broker
+from subscriber.broker import LARGEST_MESSAGE, Broker
 from subscriber.dead import Dead
 from subscriber.delivery import Delivery
-from subscriber.handover import Handover, has_left
-from subscriber.leases import Gone, Leases
+from subscriber.handover import SENDS_NO_MORE, Handover, shows
+from subscriber.leases import Leases
+from subscriber.parcel import JSON, LINES, TEXT, Parcel, lines
 from subscriber.settings import Settings
 
 WELCOME = """\
@@ -31,170 +31,162 @@ With ?ack=manual it comes with a receipt and is yours for a while: POST /ack tak
 GET /dead shows what was given up, and POST /dead/redrive sends it back. /openapi.json says all.
 """
 EMPTY = b"No message available\n"
-TEXT = "text/plain; charset=utf-8"
 NO_STORE = ("Cache-Control", "no-store")
 MAX_MESSAGES = 10_000
 MAX_WAIT = 20
 MAX_REQUEST = 1024 * 1024
+# Bytes that a body of receipts takes once it is parsed, for each of its own, at most: `{},`.
+PARSED = 24
 # Responses with many messages that are made at a time: each may take MAX_BATCH_BYTES.
 MAX_BATCHES = 3
 
 
-def create_app(broker: Broker, settings: Settings, sink: events.Sink | None = None) -> Flask:
+def create_app(
+    broker: Broker, settings: Settings, memory: Memory, sink: events.Sink | None = None
+) -> Flask:
     """Return the app that hands out broker's messages, by default with settings' collector."""
     if sink is None:
         sink = events.start("subscriber", settings.events)
     app = Flask("subscriber", static_folder=None)
-    equip(app, broker, sink, settings.access)
-    leases = Leases(broker, settings.lease_seconds)
-    dead = Dead(broker, settings)
-    batches = BoundedSemaphore(MAX_BATCHES)
+    door = Subscriber(broker, settings, memory)
+    routes = {
+        ("GET", "/receive"): door.receive,
+        ("POST", "/ack"): door.ack,
+        ("POST", "/reject"): door.reject,
+        ("POST", "/extend"): door.extend,
+        ("GET", "/dead"): door.look,
+        ("POST", "/dead/redrive"): door.redrive,
+    }
+    equip(app, broker, sink, settings.access, routes, direct=routes)
 
     @app.get("/")
     def welcome() -> Response:
         return Response(WELCOME, mimetype="text/plain")
 
-    @app.get("/receive")
-    def receive() -> Response:
-        # Flask would answer HEAD by running this, and a message would be lost.
-        if request.method == "HEAD":
-            raise MethodNotAllowed(["GET"])
-        event = current_event()
-        event.fields |= {"event": "receive", "queue": settings.queue}
-        most = argument("max", 1, MAX_MESSAGES, absent=0)
-        wait = argument("wait", 0, MAX_WAIT, absent=0)
-        lease = request.args.get("ack", "auto") == "manual"
-        if request.args.get("ack", "auto") not in ("auto", "manual"):
-            abort(400, "ack must be auto or manual.")
-        as_json = most > 0 or request.accept_mimetypes.best == "application/json"
-
-        asked = time.perf_counter()
-        deliveries = broker.get(wait=wait)
-        if wait:
-            event.waited = time.perf_counter() - asked
-        if not deliveries:
-            return nothing(as_json)
-        many = most > 1
-        if many:
-            batches.acquire()
-        try:
-            room = settings.max_batch_bytes - deliveries[0].size if many else 0
-            # More for a client that left while it waited would keep them from the others.
-            if room > 0 and not has_left(request.environ.get(SOCKET)):
-                deliveries += broker.get(most - 1, room)
-        except BaseException:
-            if many:
-                batches.release()
-            broker.release(deliveries)
-            raise
-        release = batches.release if many else None
-        headers, body = hand_over(
-            request.environ, event, deliveries, as_json, most > 0, lease, release
-        )
-        # Passed through, so that nothing stands between the server and the body's steps.
-        return Response(body, headers=headers, direct_passthrough=True)
-
-    def hand_over(
-        environ: dict[str, Any],
-        event: events.Event,
-        deliveries: list[Delivery],
-        as_json: bool = False,
-        lines: bool = False,
-        lease: bool = False,
-        release: Callable[[], None] | None = None,
-    ) -> tuple[Headers, Handover]:
-        receipts = [leases.grant(one) for one in deliveries] if lease else []
-
-        def settle(written: bool) -> None:
-            if release is not None:
-                release()
-            if not written:
-                leases.forget(receipts)
-                broker.release(deliveries)
-            elif not lease:
-                broker.ack(deliveries)
-
-        try:
-            if as_json:
-                pairs = zip_longest(deliveries, receipts)
-                body = b"".join([one.line(receipt) for one, receipt in pairs])
-                kind = "application/x-ndjson" if lines else "application/json"
-            else:
-                body, kind = deliveries[0].body + b"\n", TEXT
-            event.fields |= {"messages": len(deliveries)} if lines else deliveries[0].origin
-            headers = [("Content-Type", kind), ("Content-Length", str(len(body))), NO_STORE]
-            if lease and not as_json:
-                headers.append(("X-Receipt", receipts[0]))
-            return headers, Handover(body, environ.get(SOCKET), event, settle)
-        except BaseException:
-            settle(False)
-            raise
-
-    def direct_receive(environ: dict[str, Any], event: events.Event) -> Answer | None:
-        if environ.get("HTTP_ACCEPT", "*/*") != "*/*":
-            return None
-        event.fields |= {"event": "receive", "queue": settings.queue}
-        if deliveries := broker.get():
-            headers, body = hand_over(environ, event, deliveries)
-            return 200, headers, body
-        return 200, [("Content-Type", TEXT), ("Content-Length", str(len(EMPTY))), NO_STORE], [EMPTY]
-
-    @app.post("/ack")
-    def ack() -> Response:
-        taken = leases.take(read_receipts({"receipt", "receipts"})[0])
-        broker.ack(taken)
-        return json_response(200, {"acknowledged": len(taken)})
-
-    @app.post("/reject")
-    def reject() -> Response:
-        receipts, requeue = read_receipts({"receipt", "receipts", "requeue"})
-        taken = leases.take(receipts)
-        broker.reject(taken, requeue)
-        return json_response(200, {"rejected": len(taken)})
-
-    @app.post("/extend")
-    def extend() -> Response:
-        count = leases.extend(read_receipts({"receipt", "receipts"})[0])
-        return json_response(200, {"extended": count})
-
-    @app.get("/dead")
-    def look() -> Response:
-        most = argument("max", 1, MAX_MESSAGES, absent=1)
-        with batches:
-            lines = [one.line() for one in dead.look(most, settings.max_batch_bytes)]
-            if not lines:
-                return nothing(True)
-            headers = [("Content-Type", "application/x-ndjson"), NO_STORE]
-            return Response(b"".join(lines), headers=headers)
-
-    @app.post("/dead/redrive")
-    def redrive() -> Response:
-        most = argument("max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
-        return json_response(200, {"redriven": dead.redrive(most)})
-
-    @app.errorhandler(Gone)
-    def gone(error: Gone) -> Response:
-        current_event().fields["reason"] = str(error)
-        return json_response(410, {"message": str(error), "gone": list(error.receipts)})
-
-    routes: dict[tuple[str, str], Route] = {("GET", "/receive"): direct_receive}
-    app.wsgi_app = Direct(app.wsgi_app, routes, sink, settings.access)  # type: ignore[method-assign]
     return app
 
 
-def nothing(as_json: bool) -> Response:
+class Subscriber:
+    """What the door answers to each request."""
+
+    def __init__(self, broker: Broker, settings: Settings, memory: Memory) -> None:
+        """Answer with broker's messages."""
+        self._broker = broker
+        self._settings = settings
+        self._leases = Leases(broker, settings.lease_seconds, memory)
+        self._dead = Dead(broker, settings)
+        self._batches = BoundedSemaphore(MAX_BATCHES)
+
+    def receive(self, call: Call) -> Answer:
+        """Hand over the next message, or many."""
+        call.event.fields |= {"event": "receive", "queue": self._settings.queue}
+        query = call.query("max", "wait", "ack")
+        most = number(query, "max", 1, MAX_MESSAGES, absent=0)
+        wait = number(query, "wait", 0, MAX_WAIT, absent=0)
+        ack = query.get("ack", "auto")
+        if ack not in ("auto", "manual"):
+            abort(400, "ack must be auto or manual.")
+        kind = choose(call.header("Accept"), many=most > 0)
+        asked = time.perf_counter()
+        deliveries = self._broker.get(wait=wait)
+        if wait:
+            call.event.waited = time.perf_counter() - asked
+        if not deliveries:
+            return nothing(kind)
+        done = nobody_waits
+        if most > 1:
+            deliveries = self._more(call, deliveries, most)
+            done = self._batches.release
+        leases = self._leases if ack == "manual" else None
+        parcel = Parcel(deliveries, kind, self._broker, leases, done)
+        many = {"messages": len(deliveries)}
+        call.event.fields |= many if kind == LINES else deliveries[0].origin
+        return Answer(200, parcel.headers, Handover(parcel, call.client.socket, call.event))
+
+    def _more(self, call: Call, deliveries: list[Delivery], most: int) -> list[Delivery]:
+        """Return deliveries and what else there is, most in all; takes one of the batches."""
+        self._batches.acquire()
+        try:
+            room = self._settings.max_batch_bytes - deliveries[0].size
+            # More for a client that may have left would keep them from the others.
+            if room > 0 and not shows(call.client.socket, SENDS_NO_MORE):
+                deliveries = deliveries + self._broker.get(most - 1, room)
+        except BaseException:
+            self._batches.release()
+            self._broker.release(deliveries)
+            raise
+        return deliveries
+
+    def ack(self, call: Call) -> Answer:
+        """Take leased messages off the queue."""
+        taken = self._leases.take(read_receipts(call, {"receipt", "receipts"})[0])
+        self._broker.ack(taken)
+        return json_answer(200, {"acknowledged": len(taken)})
+
+    def reject(self, call: Call) -> Answer:
+        """Give leased messages back."""
+        receipts, requeue = read_receipts(call, {"receipt", "receipts", "requeue"})
+        taken = self._leases.take(receipts)
+        self._broker.reject(taken, requeue)
+        return json_answer(200, {"rejected": len(taken)})
+
+    def extend(self, call: Call) -> Answer:
+        """Let leases last for longer."""
+        count = self._leases.extend(read_receipts(call, {"receipt", "receipts"})[0])
+        return json_answer(200, {"extended": count})
+
+    def look(self, call: Call) -> Answer:
+        """Show messages of the dead queue."""
+        most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=1)
+        grant = call.client.grant
+        before = grant.amount
+        # The last message that is read may be one that does not fit.
+        grant.add(self._settings.max_batch_bytes + LARGEST_MESSAGE)
+        with self._batches:
+            found = self._dead.look(most, self._settings.max_batch_bytes)
+        grant.resize(before + sum(one.weight for one in found))
+        if not found:
+            return nothing(LINES)
+        length = sum(one.length() for one in found)
+        headers = [("Content-Type", LINES), ("Content-Length", str(length)), NO_STORE]
+        return Answer(200, headers, lines((one, None) for one in found))
+
+    def redrive(self, call: Call) -> Answer:
+        """Send messages of the dead queue back to where they came from."""
+        most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
+        return json_answer(200, {"redriven": self._dead.redrive(most)})
+
+
+def nobody_waits() -> None:
+    """Do nothing at the end of a response that is no batch."""
+
+
+def choose(accept: str | None, many: bool) -> str:
+    """Return the first kind of answer that a client's Accept prefers, by RFC 9110, 12.5.1.
+
+    Aborts with 406 when it takes none. Parameters as charset make no difference.
+    """
+    if not accept or accept == "*/*":
+        return LINES if many else TEXT
+    offered = {LINES: LINES, JSON: LINES} if many else {"text/plain": TEXT, JSON: JSON}
+    given = [(kind.partition(";")[0].strip(), q) for kind, q in parse_accept_header(accept)]
+    found = MIMEAccept(given).best_match(offered)
+    if found is None:
+        abort(406, f"Accept has none of what can be given: {', '.join(offered)}.")
+    return offered[found]
+
+
+def nothing(kind: str) -> Answer:
     """Answer that no message is there."""
-    response = Response(EMPTY, mimetype="text/plain")
-    if as_json:
-        response = Response(status=204)
-        del response.headers["Content-Type"]
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    if kind != TEXT:
+        return Answer(204, [NO_STORE], [])
+    headers = [("Content-Type", TEXT), ("Content-Length", str(len(EMPTY))), NO_STORE]
+    return Answer(200, headers, [EMPTY])
 
 
-def argument(name: str, least: int, most: int, absent: int) -> int:
-    """Return the whole number in the query's name, or absent; aborts with 400 out of bounds."""
-    raw = request.args.get(name)
+def number(query: dict[str, str], name: str, least: int, most: int, absent: int) -> int:
+    """Return the whole number in query's name, or absent; aborts with 400 out of bounds."""
+    raw = query.get(name)
     if raw is None:
         return absent
     if not (raw.isascii() and raw.isdigit() and len(raw) < 9 and least <= int(raw) <= most):
@@ -202,10 +194,13 @@ def argument(name: str, least: int, most: int, absent: int) -> int:
     return int(raw)
 
 
-def read_receipts(names: set[str]) -> tuple[list[str], bool]:
+def read_receipts(call: Call, names: set[str]) -> tuple[list[str], bool]:
     """Return the receipts of the request's JSON and its `requeue`; aborts with 400 otherwise."""
+    call.query()
+    raw = call.read(MAX_REQUEST)
+    call.hold(PARSED * len(raw))
     try:
-        body = json.loads(read_body(MAX_REQUEST).decode())
+        body = json.loads(raw.decode())
     except (ValueError, RecursionError):
         abort(400, "The body is not JSON in UTF-8.")
     if not isinstance(body, dict) or not body.keys() <= names:

@@ -1,6 +1,7 @@
 # mypy: disable-error-code=no-untyped-call
 """The dead queue: a look that uses nothing up, and the way back."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,11 +11,17 @@ from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
 from pika.channel import Channel
 from pika.exceptions import AMQPError
-from pika.spec import Basic
+from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.settings import Settings
+
+# Headers in which the broker keeps a message's past: how often it was returned, and why it died.
+PAST = {"x-death", "x-delivery-count", "x-acquired-count"}
+PAST |= {
+    f"x-{end}-death-{told}" for end in ("first", "last") for told in ("queue", "reason", "exchange")
+}
 
 
 class Dead:
@@ -23,6 +30,7 @@ class Dead:
     def __init__(self, broker: Broker, settings: Settings) -> None:
         """Reach the dead queue by broker's connection."""
         self._broker = broker
+        self._settings = settings
         self._queue = f"{settings.queue}.dead"
         self._timeout = settings.receive_timeout
         self._turn = BoundedSemaphore()
@@ -44,12 +52,33 @@ class Dead:
     def redrive(self, most: int) -> int:
         """Send at most most messages back to the queue that they came from; how many.
 
-        The dead queue's own policy does it: what is rejected there goes back.
+        Each is published anew, and leaves the dead queue once the broker has confirmed it. The
+        broker's own way, a reject, would depend on policies, and RabbitMQ 4.3 would go on counting
+        the message's returns. Raises BrokerUnavailable when one is not taken: it stays.
         """
         count = 0
         with self._channel() as channel:
+            confirms: SimpleQueue = SimpleQueue()
+            channel.confirm_delivery(lambda answer: confirms.put(answer.method))
+            channel.add_on_return_callback(lambda _channel, *returned: confirms.put(returned[0]))
+            channel.add_on_close_callback(lambda _channel, reason: confirms.put(reason))
             for delivery in self._deliveries(channel, most):
-                channel.basic_reject(delivery.tag, requeue=False)
+                try:
+                    channel.basic_publish(
+                        self._settings.exchange,
+                        self._settings.queue,
+                        delivery.body,
+                        anew(delivery.properties),
+                        mandatory=True,
+                    )
+                    answer = confirms.get(timeout=self._timeout)
+                except (AMQPError, Empty, RecursionError) as error:
+                    answer = error
+                if not isinstance(answer, Basic.Ack):
+                    raise BrokerUnavailable(
+                        f"the queue took {count} messages back, and not the next: {answer!r}"
+                    )
+                channel.basic_ack(delivery.tag)
                 count += 1
         return count
 
@@ -103,3 +132,19 @@ class Dead:
                 left = min(most, method.message_count + 1)
             left -= 1
             yield Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
+
+
+def anew(properties: BasicProperties) -> BasicProperties:
+    """Return properties without what the broker would take for the past of another message.
+
+    Without user_id too: the broker refuses a message that bears another user's name.
+    Source: https://www.rabbitmq.com/docs/validated-user-id
+    """
+    fresh = copy.copy(properties)
+    if properties.headers:
+        fresh.headers = {
+            name: value for name, value in properties.headers.items() if name not in PAST
+        }
+    fresh.user_id = None
+    fresh.delivery_mode = PERSISTENT_DELIVERY_MODE
+    return fresh

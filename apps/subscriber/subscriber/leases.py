@@ -6,68 +6,74 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import gevent
+import werkzeug.exceptions
+from door.memory import Memory, OutOfMemory
 
 from subscriber.broker import Broker
-from subscriber.delivery import Delivery
+from subscriber.delivery import Delivery, Handle
 
 # Seconds that a message can be held however often its lease is extended: RabbitMQ closes the
 # channel of one that is unsettled for 1,800.
 LONGEST = 1700
 # Seconds between two looks for leases that have ended.
 TICK = 0.5
+# Random bytes of a receipt, so that none can be guessed.
+RECEIPT = 16
+# Bytes of memory that a lease takes.
+LEASE = 1024
 
 
-class Gone(Exception):  # noqa: N818 - a state of receipts, not a fault
+class Gone(werkzeug.exceptions.Gone):
     """Receipts that are used, expired, or another instance's; nothing was done for any."""
 
     def __init__(self, receipts: Sequence[str]) -> None:
         """Name the receipts."""
         super().__init__(f"{len(receipts)} of the receipts are used, expired, or not of here.")
-        self.receipts = receipts
+        self.details = {"gone": list(receipts)}
 
 
-@dataclass
+@dataclass(slots=True)
 class _Lease:
-    delivery: Delivery
+    handle: Handle
     end: float
     last_end: float
 
 
 class Leases:
-    """The leases of this process; they end with it, or with its connection to the broker."""
+    """The leases of this process; they end with it, or with its connection to the broker.
 
-    def __init__(self, broker: Broker, seconds: float) -> None:
-        """Give leases of seconds for broker's messages."""
+    None keeps its message's body: a client that leases without an end takes little memory.
+    """
+
+    def __init__(self, broker: Broker, seconds: float, memory: Memory) -> None:
+        """Give leases of seconds for broker's messages, and hold memory for them."""
         self._broker = broker
         self._seconds = seconds
-        # No receipt of another process, or of one before, is taken for one of this.
-        self._instance = secrets.token_urlsafe(9)
-        self._count = 0
+        self._memory = memory
         self._leases: dict[str, _Lease] = {}
         self._keeper: gevent.Greenlet | None = None
 
     def grant(self, delivery: Delivery) -> str:
-        """Lease delivery from now on and return the receipt."""
+        """Lease delivery from now on and return the receipt; raises OutOfMemory."""
+        if not self._memory.take_now(LEASE):
+            raise OutOfMemory
         if self._keeper is None:
             self._keeper = gevent.spawn(self._expire)
-        self._count += 1
-        receipt = f"{self._instance}.{self._count}"
-        now = time.monotonic()
+        receipt = secrets.token_urlsafe(RECEIPT)
         last_end = delivery.came + LONGEST
-        self._leases[receipt] = _Lease(delivery, min(now + self._seconds, last_end), last_end)
+        end = min(time.monotonic() + self._seconds, last_end)
+        self._leases[receipt] = _Lease(delivery.handle, end, last_end)
         return receipt
 
-    def take(self, receipts: Iterable[str]) -> list[Delivery]:
+    def take(self, receipts: Iterable[str]) -> list[Handle]:
         """End the leases of receipts and return what was leased; raises Gone for any, or none."""
-        found = self._find(receipts)
-        for receipt in found:
-            del self._leases[receipt]
-        return [lease.delivery for lease in found.values()]
+        return [self._end(receipt).handle for receipt in self._find(receipts)]
 
     def forget(self, receipts: Iterable[str]) -> None:
         """End the leases of receipts that no client has got."""
         for receipt in receipts:
-            self._leases.pop(receipt, None)
+            if receipt in self._leases:
+                self._end(receipt)
 
     def extend(self, receipts: Iterable[str]) -> int:
         """Let leases last for as long as new ones, within LONGEST; how many. Raises Gone."""
@@ -84,11 +90,15 @@ class Leases:
             for receipt in wanted
             if (lease := self._leases.get(receipt))
             and lease.end > now
-            and self._broker.holds(lease.delivery)
+            and self._broker.holds(lease.handle)
         }
         if len(found) < len(wanted):
             raise Gone([receipt for receipt in wanted if receipt not in found])
         return found
+
+    def _end(self, receipt: str) -> _Lease:
+        self._memory.give(LEASE)
+        return self._leases.pop(receipt)
 
     def _expire(self) -> None:
         """Give back what was not acknowledged in time, as one that failed, in its order."""
@@ -96,4 +106,4 @@ class Leases:
             gevent.sleep(TICK)
             now = time.monotonic()
             ended = [receipt for receipt, lease in self._leases.items() if lease.end <= now]
-            self._broker.reject([self._leases.pop(one).delivery for one in ended], requeue=True)
+            self._broker.reject([self._end(one).handle for one in ended], requeue=True)

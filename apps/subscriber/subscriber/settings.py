@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from door.environment import Environment
-from door.settings import Access, BrokerSettings, EventSettings
-
-MIB = 1024 * 1024
+from door.memory import MIB
+from door.settings import Access, BrokerSettings, EventSettings, read_memory
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,8 @@ class Settings:
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
     access: Access = field(default_factory=Access)
+    # Leads messages back to the queue, by its name.
+    exchange: str = "takeaway-in"
     queue: str = "takeaway"
     port: int = 5001
     # Seconds a request waits for the broker's answer.
@@ -24,20 +25,25 @@ class Settings:
     lease_seconds: int = 60
     # Bytes of a response with many messages; a single larger message comes alone.
     max_batch_bytes: int = 16 * MIB
+    # Bytes of the container.
+    memory_limit: int = 512 * MIB
 
     @classmethod
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS, MAX_BATCH_BYTES.
+        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS, MAX_BATCH_BYTES,
+        MEMORY_LIMIT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
             access=Access.read(env),
+            exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             port=env.number("PORT", cls.port, 1, 65535),
             receive_timeout=env.number("RECEIVE_TIMEOUT", int(cls.receive_timeout), 1, 4),
             lease_seconds=env.number("LEASE_SECONDS", cls.lease_seconds, 1, 1499),
             max_batch_bytes=env.number("MAX_BATCH_BYTES", cls.max_batch_bytes, 1, 64 * MIB),
+            memory_limit=read_memory(env),
         )

@@ -13,9 +13,10 @@ import gevent
 import pika
 import pytest
 from door.amqp import JoinedConnection, Link
+from door.memory import Memory
 from pika import frame
 from pika.adapters.utils.nbio_interface import AbstractIOServices
-from pika.spec import Basic, BasicProperties, Channel, Connection
+from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection
 from subscriber.broker import Broker
 from subscriber.settings import Settings
 
@@ -50,8 +51,14 @@ class Rabbit:
 
     def __init__(self) -> None:
         self.queues = {"takeaway": Queue(), "takeaway.dead": Queue()}
-        # Where a queue's policy sends what is rejected.
+        # Where a queue's arguments send what is rejected.
         self.dead_letter = {"takeaway": "takeaway.dead", "takeaway.dead": "takeaway"}
+        # By exchange and routing key.
+        self.bindings = {("takeaway-in", "takeaway"): "takeaway"}
+        # Exchanges that the user may not write to.
+        self.forbidden: set[str] = set()
+        # Whether queues take nothing more in.
+        self.full = False
         self.acked: list[bytes] = []
         self.faults: list[str] = []
         # How often somebody was told that a queue is empty.
@@ -105,6 +112,9 @@ class Peer:
         self._tags: dict[int, int] = defaultdict(int)
         self._prefetch: dict[int, int] = defaultdict(int)
         self._consumers: list[Consumer] = []
+        # What is being published, by channel; the number of the last that was, where confirmed.
+        self._publishing: dict[int, tuple[Any, Message]] = {}
+        self._published: dict[int, int] = {}
         # By channel and tag.
         self.unsettled: dict[int, dict[int, Unsettled]] = defaultdict(dict)
         rabbit.peers.append(self)
@@ -144,7 +154,8 @@ class Peer:
     def _do(self, number: int, method: Any) -> None:
         match method:
             case frame.ProtocolHeader():
-                self._say(0, Connection.Start(server_properties={}))
+                able = {"publisher_confirms": True, "basic.nack": True}
+                self._say(0, Connection.Start(server_properties={"capabilities": able}))
             case Connection.StartOk():
                 self._say(0, Connection.Tune(2047, 131072, 0))
             case Connection.Open():
@@ -188,7 +199,36 @@ class Peer:
                     else:
                         target = self._rabbit.dead_letter[one.queue]
                         self._rabbit.queues[target].append(one.message)
+            case Confirm.Select():
+                self._published[number] = 0
+            case Basic.Publish():
+                self._publishing[number] = method, Message(b"")
+            case frame.Header(properties=properties, body_size=size):
+                publish, _ = self._publishing[number]
+                self._publishing[number] = publish, Message(b"", properties)
+                if size == 0:
+                    self._take_in(number)
+            case frame.Body(fragment=fragment):
+                self._publishing[number][1].body += fragment
+                self._take_in(number)
         self._rabbit.push()
+
+    def _take_in(self, number: int) -> None:
+        publish, message = self._publishing.pop(number)
+        if publish.exchange in self._rabbit.forbidden:
+            self._close(number, 403, "ACCESS_REFUSED")
+            return
+        self._published[number] += 1
+        name = self._rabbit.bindings.get((publish.exchange, publish.routing_key))
+        if name is None:
+            returned = Basic.Return(312, "NO_ROUTE", publish.exchange, publish.routing_key)
+            self._send_content(number, returned, message)
+        elif self._rabbit.full:
+            self._say(number, Basic.Nack(self._published[number]))
+            return
+        else:
+            self._rabbit.queues[name].append(message)
+        self._say(number, Basic.Ack(self._published[number]))
 
     def _hand_out(self, number: int, name: str, consumer: Consumer | None) -> None:
         queue = self._rabbit.queues[name]
@@ -199,6 +239,9 @@ class Peer:
         method: Any = Basic.GetOk(tag, message.redelivered, "", name, len(queue))
         if consumer:
             method = Basic.Deliver(consumer.tag, tag, message.redelivered, "", name)
+        self._send_content(number, method, message)
+
+    def _send_content(self, number: int, method: Any, message: Message) -> None:
         frames = [frame.Method(number, method)]
         frames.append(frame.Header(number, len(message.body), message.properties))
         if message.body:
@@ -310,7 +353,7 @@ def rabbit() -> Iterator[Rabbit]:
 
 @pytest.fixture
 def broker() -> Iterator[Broker]:
-    broker = Broker(Settings())
+    broker = Broker(Settings(), Memory(2**40))
     yield broker
     broker.lost("the test is over")
 

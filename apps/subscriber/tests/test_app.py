@@ -9,24 +9,28 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
 import msgpack
 import pytest
 from door import BrokerUnavailable
-from door.server import SOCKET
+from door.memory import Memory
+from door.server import CLIENT
 from door.settings import Access
 from flask.testing import FlaskClient
 from pika.spec import BasicProperties
 from prometheus_client import REGISTRY
 from subscriber.app import MAX_BATCHES, create_app
-from subscriber.delivery import Delivery
-from subscriber.leases import Leases
+from subscriber.delivery import Delivery, Handle
+from subscriber.handover import DELIVERY_TIMEOUT
+from subscriber.parcel import Parcel
 from subscriber.settings import Settings
 from werkzeug.test import TestResponse, create_environ
 
@@ -36,6 +40,7 @@ PROJECT = Path(__file__).parents[3]
 GETS = ("/receive", "/dead")
 # A query brings a request to Flask; the usual one without is answered before it.
 PATHS = ("/receive", "/receive?wait=0")
+MEMORY = Memory(2**40)
 
 
 class FakeBroker:
@@ -52,6 +57,7 @@ class FakeBroker:
         # What comes in a batch's later get().
         self.error: BaseException | None = None
         self._tag = 0
+        self._bodies: dict[int, bytes] = {}
 
     def get(self, want: int = 1, room: float = 1e99, wait: float = 0) -> list[Delivery]:
         self.asked.append((want, wait))
@@ -65,23 +71,24 @@ class FakeBroker:
     def _next(self) -> Delivery:
         channel: Any = self
         self._tag += 1
-        return Delivery(self._tag, self.queue.pop(0), self.properties, channel)
+        self._bodies[self._tag] = self.queue.pop(0)
+        return Delivery(self._tag, self._bodies[self._tag], self.properties, channel)
 
-    def holds(self, delivery: Delivery) -> bool:
-        return delivery.tag not in self.settled
+    def holds(self, one: Delivery | Handle) -> bool:
+        return one.tag not in self.settled
 
-    def _settle(self, deliveries: Iterable[Delivery]) -> list[bytes]:
-        held = [one for one in deliveries if self.holds(one)]
+    def _settle(self, some: Iterable[Delivery | Handle]) -> list[bytes]:
+        held = [one for one in some if self.holds(one)]
         self.settled |= {one.tag for one in held}
-        return [one.body for one in held]
+        return [self._bodies[one.tag] for one in held]
 
-    def ack(self, deliveries: Iterable[Delivery]) -> None:
+    def ack(self, deliveries: Iterable[Delivery | Handle]) -> None:
         self.acked += self._settle(deliveries)
 
     def release(self, deliveries: Iterable[Delivery]) -> None:
         self.released += self._settle(deliveries)
 
-    def reject(self, deliveries: Iterable[Delivery], requeue: bool) -> None:
+    def reject(self, deliveries: Iterable[Delivery | Handle], requeue: bool) -> None:
         self.rejected += [(body, requeue) for body in self._settle(deliveries)]
 
 
@@ -108,7 +115,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 def client(broker: Any, settings: Settings, events: Events) -> FlaskClient:
-    return create_app(broker, settings, events).test_client()
+    return create_app(broker, settings, MEMORY, events).test_client()
 
 
 @pytest.fixture
@@ -127,7 +134,7 @@ def response(
     """Ask for a message and return the response's body as a WSGI server gets it."""
     environ = create_environ(path, headers={"X-Request-Id": "mine", **headers})
     if near:
-        environ[SOCKET] = near
+        environ[CLIENT] = SimpleNamespace(socket=near, grant=MEMORY.grant())
     return app(environ, lambda *_: lambda _: None)
 
 
@@ -199,7 +206,7 @@ def test_only_get_takes_a_message(client: FlaskClient, broker: FakeBroker, metho
 def test_who_has_no_access_takes_no_message(broker: Any, events: Events) -> None:
     broker.queue = [b"a"]
     access = Access(("Bearer secret",))
-    client = create_app(broker, Settings(access=access), events).test_client()
+    client = create_app(broker, Settings(access=access), MEMORY, events).test_client()
     for path in "/receive", "/dead", "/ack", "/reject", "/extend", "/dead/redrive":
         assert client.open(path, method="GET" if path in GETS else "POST").status_code == 401
     assert broker.asked == []
@@ -273,9 +280,17 @@ def test_an_argument_that_makes_no_sense_takes_no_message(
         ("", "text/plain, application/json;q=0.9", "text/plain"),
         ("", "application/json", "application/json"),
         ("", "application/json;q=0.9, */*;q=0.8", "application/json"),
-        ("", "application/x-ndjson", "text/plain"),
+        ("", "", "text/plain"),
+        ("", "text/*", "text/plain"),
+        ("", "text/html, */*;q=0.1", "text/plain"),
+        ("", "application/json; charset=utf-8", "application/json"),
+        ("", "application/*", "application/json"),
+        ("", "APPLICATION/JSON", "application/json"),
+        ("", "application/json;q=0.9,text/html", "application/json"),
+        ("", "application/json, text/plain;q=0.9", "application/json"),
         ("?max=1", "*/*", "application/x-ndjson"),
-        ("?max=9", "text/plain", "application/x-ndjson"),
+        ("?max=9", "application/json", "application/x-ndjson"),
+        ("?max=9", "application/x-ndjson", "application/x-ndjson"),
     ],
 )
 def test_the_form_of_the_answer_follows_accept_and_max(
@@ -299,6 +314,44 @@ def test_the_form_of_the_answer_follows_accept_and_max(
         assert one.headers["X-Request-Id"]
 
 
+@pytest.mark.parametrize(
+    ("query", "accept"),
+    [
+        ("", "application/x-ndjson"),
+        ("", "text/html"),
+        ("", "image/*, text/plain;q=0, application/json;q=0"),
+        ("", "nonsense"),
+        ("?max=9", "text/plain"),
+    ],
+)
+def test_who_takes_nothing_that_can_be_given_takes_no_message(
+    client: FlaskClient, broker: FakeBroker, query: str, accept: str
+) -> None:
+    answer = client.get(f"/receive{query}", headers={"Accept": accept})
+    assert answer.status_code == 406
+    assert (answer.json or {})["message"].startswith("Accept")
+    assert broker.asked == []
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [
+        ("ackmode=manual", "'ackmode'"),
+        ("Ack=manual", "'Ack'"),
+        ("maxx=1", "'maxx'"),
+        ("ack=manual&max_messages=5", "'max_messages'"),
+        ("ack=manual&ack=auto", "ack twice"),
+    ],
+)
+def test_a_parameter_that_is_not_known_is_named_and_takes_no_message(
+    client: FlaskClient, broker: FakeBroker, query: str, name: str
+) -> None:
+    answer = client.get(f"/receive?{query}")
+    assert answer.status_code == 400
+    assert name in (answer.json or {})["message"]
+    assert broker.asked == []
+
+
 def test_a_message_as_json_tells_all_of_it(client: FlaskClient, broker: FakeBroker) -> None:
     broker.queue = [b"\xff"]
     broker.properties = properties(message_id="m", content_type="a/b", headers={"X-A": 1})
@@ -312,6 +365,26 @@ def test_a_message_as_json_tells_all_of_it(client: FlaskClient, broker: FakeBrok
     }
 
 
+@pytest.mark.parametrize(
+    "body", [b"a" * 1_000_000, b"\0" * 1_000_000, b'"' * 50_000, b"\xff" * 99_999]
+)
+@pytest.mark.parametrize("query", ["", "?max=1", "?ack=manual", "?max=9&ack=manual"])
+def test_a_large_message_arrives_whole_in_each_form(
+    client: FlaskClient, broker: FakeBroker, body: bytes, query: str
+) -> None:
+    broker.queue = [body, b"small"]
+    answer = client.get(
+        f"/receive{query}", headers={"Accept": "*/*" if query else "application/json"}
+    )
+    assert answer.headers["Content-Length"] == str(len(answer.data))
+    if answer.mimetype == "text/plain":
+        assert answer.data == body + b"\n"
+        return
+    first = json.loads(answer.data.splitlines()[0])
+    told = first["body"].encode()
+    assert (b64decode(told) if first["encoding"] == "base64" else told) == body
+
+
 @pytest.mark.parametrize(("fits", "bodies"), [(3, ["a", "b"]), (1, ["a"]), (0.5, ["a"])])
 def test_a_batch_has_room_for_its_lines_and_for_one_message_of_any_size(
     broker: Any, events: Events, fits: float, bodies: list[str]
@@ -319,7 +392,7 @@ def test_a_batch_has_room_for_its_lines_and_for_one_message_of_any_size(
     broker.queue = [b"a", b"b"]
     size = Delivery(1, b"a", broker.properties, broker).size
     settings = Settings(max_batch_bytes=int(fits * size))
-    answer = create_app(broker, settings, events).test_client().get("/receive?max=9")
+    answer = create_app(broker, settings, MEMORY, events).test_client().get("/receive?max=9")
     assert [json.loads(line)["body"] for line in answer.text.splitlines()] == bodies
     assert broker.rooms[1:] == ([2 * size] if fits == 3 else [])
 
@@ -356,20 +429,59 @@ def test_a_message_that_was_not_written_is_released(
     assert (broker.acked, broker.released) == ([], bodies)
 
 
-@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9", "/receive?ack=manual"])
+@pytest.mark.parametrize("when", ["while it waited", "before it read"])
 def test_a_client_that_left_before_it_read_leaves_its_message(
-    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket], written: bool
+    app: Any,
+    broker: FakeBroker,
+    ends: tuple[socket.socket, socket.socket],
+    path: str,
+    when: str,
 ) -> None:
     near, far = ends
     broker.queue = [b"a"]
-    steps = response(app, near=near)
-    if written:
-        near.sendall(next(steps))
+    steps = response(app, path, near=near)
+    if when == "while it waited":
+        far.close()
+    near.sendall(next(steps))
     far.close()
     with pytest.raises(ConnectionResetError):
         next(steps)
     steps.close()
     assert (broker.acked, broker.released) == ([], [b"a"])
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9"])
+def test_a_client_that_has_said_all_it_has_to_say_gets_its_answer(
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket], path: str
+) -> None:
+    near, far = ends
+    broker.queue = [b"a"]
+    far.shutdown(socket.SHUT_WR)
+    steps = response(app, path, near=near)
+    near.sendall(next(steps))
+    assert b"a" in far.recv(1000)
+    assert next(steps, None) is None
+    assert (broker.acked, broker.released) == ([b"a"], [])
+
+
+def test_a_client_that_says_no_more_and_reads_nothing_leaves_its_message(
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    near, far = ends
+    broker.queue = [b"a" * 8_000_000]
+    far.shutdown(socket.SHUT_WR)
+    steps = response(app, near=near)
+    near.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        near.sendall(next(steps))  # the two systems hold a part of it
+    begin = time.monotonic()
+    next(steps)
+    with pytest.raises(ConnectionResetError):
+        next(steps)
+    assert time.monotonic() - begin < 2 * DELIVERY_TIMEOUT
+    steps.close()
+    assert (broker.acked, len(broker.released)) == ([], 1)
 
 
 def test_a_client_that_left_while_it_waited_keeps_no_more_messages_from_others(
@@ -626,38 +738,16 @@ def test_what_changes_something_is_not_a_get(client: FlaskClient, path: str) -> 
     assert client.get(path).status_code == 405
 
 
-@pytest.fixture
-def granted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All leases there are, as the apps of the test make them."""
-    found: list[Any] = []
-    original = Leases.__init__
-
-    def init(self: Leases, *args: Any) -> None:
-        original(self, *args)
-        found.append(self)
-
-    monkeypatch.setattr(Leases, "__init__", init)
-    return found
-
-
-def test_what_was_not_written_is_leased_to_nobody(
-    granted: list[Leases], app: Any, broker: FakeBroker
-) -> None:
+def test_what_was_not_written_is_leased_to_nobody(app: Any, broker: FakeBroker) -> None:
     broker.queue = [b"a", b"b"]
-    response(app, "/receive?max=9&ack=manual").close()
-    (leases,) = granted
-    assert leases._leases == {}
-
-
-def test_what_could_not_be_told_is_leased_to_nobody(
-    granted: list[Leases], app: Any, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broker.queue = [b"a"]
-    monkeypatch.setattr(Delivery, "line", lambda *_: 1 / 0)
-    app.test_client().get("/receive?max=9&ack=manual")
-    (leases,) = granted
-    assert broker.released == [b"a"]
-    assert leases._leases == {}
+    before = MEMORY.held
+    steps = response(app, "/receive?max=9&ack=manual")
+    (piece,) = [next(steps)]
+    steps.close()
+    assert MEMORY.held == before
+    broker.settled.clear()
+    leased = [json.loads(line)["receipt"] for line in piece.splitlines()]
+    assert app.test_client().post("/ack", json={"receipts": leased}).status_code == 410
 
 
 @pytest.mark.parametrize(
@@ -672,7 +762,7 @@ def test_a_message_that_could_not_be_told_goes_to_the_next_client(
     client: FlaskClient, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     broker.queue = [b"a"]
-    monkeypatch.setattr("subscriber.app.Handover", lambda *_: 1 / 0)
+    monkeypatch.setattr(Parcel, "_make_headers", lambda *_: 1 / 0)
     assert client.get(path).status_code == 500
     assert broker.released == [b"a"]
 
@@ -773,6 +863,15 @@ def test_the_dead_queue_is_redriven(dead: FakeDead, app: Any, query: str, most: 
     answer = app.test_client().post(f"/dead/redrive{query}")
     assert (answer.status_code, answer.json) == (200, {"redriven": 2})
     assert dead.asked == [("redrive", most)]
+
+
+def test_a_parameter_that_the_dead_queue_does_not_know_is_named(dead: FakeDead, app: Any) -> None:
+    client = app.test_client()
+    answers = client.get("/dead?limit=5"), client.post("/dead/redrive?count=1")
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert "'limit'" in answers[0].json["message"]
+    assert "'count'" in answers[1].json["message"]
+    assert dead.asked == []
 
 
 @pytest.mark.parametrize("value", ["0", "10001", "", "x"])

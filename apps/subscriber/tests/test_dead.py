@@ -7,7 +7,8 @@ import gevent
 import pytest
 from door import BrokerUnavailable
 from gevent import Greenlet
-from pika.spec import Basic, Channel
+from pika import frame
+from pika.spec import Basic, BasicProperties, Channel
 from subscriber.broker import Broker
 from subscriber.dead import Dead
 from subscriber.delivery import Delivery
@@ -74,7 +75,7 @@ def test_an_empty_dead_queue_has_nothing(dead: Dead, method: str) -> None:
 
 
 @pytest.mark.parametrize(("most", "moved"), [(1, 1), (3, 3), (4, 4), (9, 4)])
-def test_redrive_sends_the_first_back_one_at_a_time(
+def test_redrive_sends_the_first_back_in_their_order(
     dead: Dead, rabbit: Rabbit, wire: Wire, most: int, moved: int
 ) -> None:
     rabbit.publish(b"x")
@@ -82,11 +83,79 @@ def test_redrive_sends_the_first_back_one_at_a_time(
     assert ask(dead.redrive, most) == moved
     assert rabbit.bodies() == [b"x", *TEXTS[:moved]]
     assert rabbit.bodies(DEAD) == TEXTS[moved:]
-    assert [len(methods) for methods in wire.sent(Basic.Reject)] == [1] * moved
+    assert rabbit.acked == TEXTS[:moved]
+    assert all(one.mandatory for methods in wire.sent(Basic.Publish) for one in methods)
+
+
+def test_a_policy_in_the_stacks_place_makes_redrive_lose_nothing(
+    dead: Dead, rabbit: Rabbit
+) -> None:
+    rabbit.dead_letter.clear()  # what is rejected is gone
+    rabbit.publish(*TEXTS, queue=DEAD)
+    assert ask(dead.redrive, 9) == len(TEXTS)
+    assert rabbit.bodies() == TEXTS
+
+
+def test_a_redriven_message_is_new_and_all_that_it_had(dead: Dead, rabbit: Rabbit) -> None:
+    own = {"X-Colour": "blue", "ratio": 0.5, "late": 2**63, "none": None, "x-deathly": 1}
+    past = {"x-death": [{"count": 21}], "x-first-death-queue": "takeaway", "x-delivery-count": 21}
+    past |= {"x-acquired-count": 21, "x-last-death-reason": "delivery_limit"}
+    told = {"message_id": "my-id", "content_type": "image/png", "timestamp": 7, "priority": 3}
+    rabbit.publish(b"", queue=DEAD)
+    rabbit.queues[DEAD][0].properties = BasicProperties(**told, headers=own | past, user_id="admin")
+    assert ask(dead.redrive, 9) == 1
+    (message,) = rabbit.queues["takeaway"]
+    # The broker takes no message that bears another user's name.
+    assert message.properties == BasicProperties(**told, headers=own, delivery_mode=2)
+    assert not message.redelivered
+
+
+def test_what_has_no_headers_is_redriven_without(dead: Dead, rabbit: Rabbit) -> None:
+    rabbit.publish(b"x", queue=DEAD)
+    assert ask(dead.redrive, 9) == 1
+    assert rabbit.queues["takeaway"][0].properties == BasicProperties(delivery_mode=2)
+
+
+def test_a_message_leaves_the_dead_queue_only_after_the_confirm(
+    dead: Dead, rabbit: Rabbit, wire: Wire
+) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.prompt = False
+    redrive = gevent.spawn(dead.redrive, 9)
+    wire.answer(2)  # the channel, the first message
+    assert rabbit.bodies() == TEXTS[:1]
+    assert not rabbit.acked
+    wire.answer(1)
+    assert rabbit.acked == TEXTS[:1]
+    wire.answer()
+    assert redrive.get(timeout=2) == len(TEXTS)
+
+
+@pytest.mark.parametrize("cause", ["full", "returned", "forbidden"])
+def test_what_the_queue_does_not_take_stays_dead(dead: Dead, rabbit: Rabbit, cause: str) -> None:
+    rabbit.full = cause == "full"
+    if cause == "returned":
+        rabbit.bindings.clear()
+    if cause == "forbidden":
+        rabbit.forbidden.add("takeaway-in")
+    reason = {"full": "Basic.Nack", "returned": "NO_ROUTE", "forbidden": "ACCESS_REFUSED"}[cause]
+    rabbit.publish(*TEXTS, queue=DEAD)
+    fails(gevent.spawn(dead.redrive, 9), f"took 0 messages back.*{reason}")
+    assert rabbit.bodies(DEAD) == TEXTS
+    assert rabbit.bodies() == rabbit.acked == []
+    assert dead._broker.up, "the connection is not to blame"
+
+
+def test_a_silent_confirm_leaves_the_message_dead(dead: Dead, rabbit: Rabbit, wire: Wire) -> None:
+    rabbit.publish(*TEXTS, queue=DEAD)
+    wire.peer.deaf = (Basic.Publish, frame.Header, frame.Body)
+    dead._timeout = 0.02
+    fails(gevent.spawn(dead.redrive, 9), "took 0 messages back")
+    assert rabbit.bodies(DEAD) == TEXTS
 
 
 def test_redrive_moves_no_more_than_there_was_at_first(dead: Dead, rabbit: Rabbit) -> None:
-    rabbit.dead_letter[DEAD] = DEAD  # what goes back dies again at once
+    rabbit.bindings["takeaway-in", "takeaway"] = DEAD  # what goes back dies again at once
     rabbit.publish(*TEXTS, queue=DEAD)
     assert ask(dead.redrive, 9) == len(TEXTS)
     assert rabbit.bodies(DEAD) == TEXTS
@@ -185,7 +254,8 @@ def test_a_connection_that_is_lost_is_told_and_nothing_is_used_up(
     wire.lose()
     broker.lost("gone")
     fails(request)
-    assert sorted(rabbit.bodies() + rabbit.bodies(DEAD)) == TEXTS
+    # Between confirm and acknowledgement, a message is in both.
+    assert sorted({*rabbit.bodies(), *rabbit.bodies(DEAD)}) == TEXTS
 
 
 @pytest.mark.parametrize("method", ASKS)

@@ -3,9 +3,9 @@
 import json
 import math
 import struct
+from base64 import b64decode
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cache
 from typing import Any
 
 import pytest
@@ -13,8 +13,7 @@ from door.amqp import decode_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika.spec import BasicProperties
-from subscriber.delivery import Delivery
-from subscriber.leases import Leases
+from subscriber.delivery import PIECE, Delivery
 
 NOTHING = {
     "id": None,
@@ -47,10 +46,10 @@ def delivery(body: bytes = b"", redelivered: bool = False, **properties: Any) ->
     ],
 )
 def test_a_message_is_one_line_of_json(message: Delivery, told: dict[str, Any]) -> None:
-    line = message.line()
+    line = b"".join(message.line())
     assert line.count(b"\n") == 1
     assert json.loads(line) == NOTHING | told
-    assert json.loads(message.line("r")) == NOTHING | told | {"receipt": "r"}
+    assert json.loads(b"".join(message.line("r"))) == NOTHING | told | {"receipt": "r"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_a_message_is_one_line_of_json(message: Delivery, told: dict[str, Any]) 
     ],
 )
 def test_headers_keep_their_values_and_what_json_lacks_becomes_text(value: Any, told: Any) -> None:
-    assert json.loads(delivery(headers={"h": value}).line())["headers"] == {"h": told}
+    assert json.loads(b"".join(delivery(headers={"h": value}).line()))["headers"] == {"h": told}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_headers_keep_their_values_and_what_json_lacks_becomes_text(value: Any, 
 )
 def test_each_type_of_amqp_can_be_told(encoded: bytes, told: Any) -> None:
     value, _ = decode_value(encoded, 0)
-    assert json.loads(delivery(headers={"h": value}).line())["headers"] == {"h": told}
+    assert json.loads(b"".join(delivery(headers={"h": value}).line()))["headers"] == {"h": told}
 
 
 @pytest.mark.parametrize("depth", [100, 400])
@@ -111,20 +110,12 @@ def test_headers_of_any_depth_that_pika_reads_can_be_told(depth: int) -> None:
     for _ in range(depth):
         encoded = b"F" + struct.pack(">I", len(encoded) + 1) + b"\0" + encoded
     value, _ = decode_value(encoded, 0)
-    told = json.loads(delivery(b"a", headers={"h": value}).line())
+    told = json.loads(b"".join(delivery(b"a", headers={"h": value}).line()))
     assert told["body"] == "a"
     assert bool(told["headers"]) == (depth == 100)
 
 
-@cache
-def longest_receipt() -> str:
-    broker: Any = None
-    leases = Leases(broker, 1)
-    leases._count = 10**15
-    receipt = leases.grant(delivery())
-    assert leases._keeper
-    leases._keeper.kill()
-    return receipt
+RECEIPT = "r" * 22
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -138,11 +129,56 @@ def test_the_size_bounds_the_line(
     body: bytes, message_id: Any, headers: dict[str, Any], redelivered: bool
 ) -> None:
     one = delivery(body, redelivered, message_id=message_id, headers=headers)
-    size = one.size
-    assert len(one.line()) <= len(one.line(longest_receipt())) <= size
+    assert one.length() <= one.length(RECEIPT) <= one.size
+    for receipt in None, RECEIPT:
+        assert len(b"".join(one.line(receipt))) == one.length(receipt)
 
 
-def test_deliveries_are_sorted_as_the_queue_gave_them() -> None:
-    channel: Any = object()
-    one, two = (Delivery(tag, b"z", BasicProperties(), channel) for tag in (2, 10))
-    assert sorted([two, one]) == [one, two]
+@pytest.mark.parametrize(
+    ("body", "encoding"),
+    [
+        (b"x" * 200_001, "utf-8"),
+        (("\u2603\x85\u2028" + "ä" * 40).encode() * 3000, "utf-8"),
+        (b'"\n' * 20_000, "utf-8"),
+        (b"\0" * 65_536, "utf-8"),
+        (b"\0" * 65_537, "base64"),
+        (b'"' * 200_000, "base64"),
+        (b"x" * 200_000 + b"\xff", "base64"),
+        (b"x" * 200_000 + b"\xe2\x98", "base64"),
+    ],
+)
+def test_a_large_body_is_told_in_the_shorter_form_and_in_pieces(body: bytes, encoding: str) -> None:
+    one = delivery(body)
+    pieces = list(one.line())
+    told = json.loads(b"".join(pieces))
+    assert told["encoding"] == encoding
+    assert (b64decode(told["body"]) if encoding == "base64" else told["body"].encode()) == body
+    assert sum(map(len, pieces)) == one.length() < one.size
+    assert all(len(piece) < 6 * PIECE + 500 for piece in pieces)
+
+
+def test_a_line_ends_nowhere_else() -> None:
+    ends = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+    line = b"".join(delivery(ends.encode(), headers={ends: ends}).line()).decode()
+    assert len(line.splitlines()) == 1
+    assert json.loads(line)["body"] == ends
+
+
+def test_each_property_that_is_set_is_told() -> None:
+    names = ["correlation_id", "reply_to", "type", "app_id", "user_id", "content_encoding"]
+    told: dict[str, Any] = {name: f"a {name}" for name in names}
+    told |= {"expiration": "60000", "timestamp": 1_700_000_000, "priority": 0}
+    assert json.loads(b"".join(delivery(**told).line())) == NOTHING | told
+    # pika gives bytes for what is not UTF-8.
+    bad = dict.fromkeys(names, b"\xff")
+    assert json.loads(b"".join(delivery(**bad).line())) == NOTHING
+
+
+def test_a_message_weighs_what_its_body_and_its_headers_take() -> None:
+    def nested(depth: int) -> Any:
+        return {"a": nested(depth - 1)} if depth else "x" * 1000
+
+    light = delivery().weight
+    assert delivery(b"x" * 5000).weight == light + 5000
+    assert delivery(headers={"h": ["y"] * 1000}).weight > light + 8000
+    assert delivery(headers=nested(200)).weight > light + 200 * 184

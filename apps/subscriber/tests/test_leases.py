@@ -1,5 +1,7 @@
 """What a receipt is good for, and for how long."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from types import SimpleNamespace
@@ -7,6 +9,7 @@ from typing import Any
 
 import gevent
 import pytest
+from door.memory import Memory, OutOfMemory
 from pika.spec import Basic
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
@@ -15,6 +18,7 @@ from subscriber.leases import LONGEST, Gone, Leases
 from .conftest import Rabbit, Wire
 
 SECONDS = 60
+MEMORY = Memory(2**40)
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def leases(broker: Broker, clock: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leases]:  # noqa: ARG001
     monkeypatch.setattr("subscriber.leases.TICK", 0.001)
-    leases = Leases(broker, SECONDS)
+    leases = Leases(broker, SECONDS, MEMORY)
     yield leases
     if leases._keeper:
         leases._keeper.kill()
@@ -56,12 +60,12 @@ def rejects(wire: Wire) -> list[tuple[int, bool]]:
 
 def test_a_receipt_takes_its_message_once(leases: Leases, deliveries: list[Delivery]) -> None:
     a, b, c = map(leases.grant, deliveries)
-    assert leases.take([c, a, c]) == [deliveries[2], deliveries[0]]
+    assert leases.take([c, a, c]) == [deliveries[2].handle, deliveries[0].handle]
     assert leases.take([]) == []
     for receipts in [a], [b, c]:
         with pytest.raises(Gone):
             leases.take(receipts)
-    assert leases.take([b]) == [deliveries[1]]
+    assert leases.take([b]) == [deliveries[1].handle]
 
 
 @pytest.mark.parametrize("ask", [Leases.take, Leases.extend])
@@ -88,13 +92,13 @@ def test_with_one_bad_receipt_nothing_is_done_and_it_is_named(
     elif bad == "expired":
         clock.now += 1
     elif bad == "of another instance":
-        other = Leases(broker, SECONDS)
+        other = Leases(broker, SECONDS, MEMORY)
         receipt = other.grant(deliveries[0])
         other._keeper.kill()  # type: ignore[union-attr]
     with pytest.raises(Gone, match="1 of the receipts") as error:
         ask(leases, [good, receipt])
-    assert error.value.receipts == [receipt]
-    assert leases.take([good]) == [deliveries[1]]
+    assert error.value.details == {"gone": [receipt]}
+    assert leases.take([good]) == [deliveries[1].handle]
 
 
 def test_a_lost_connection_ends_its_leases(
@@ -107,11 +111,11 @@ def test_a_lost_connection_ends_its_leases(
         for ask in leases.take, leases.extend:
             with pytest.raises(Gone) as error:
                 ask(receipts)
-            assert error.value.receipts == receipts
+            assert error.value.details == {"gone": receipts}
         wire = rabbit.connect(broker)
         request = gevent.spawn(broker.get, 3)  # of which the new connection has the same tags
         wire.answer()
-        assert request.get(timeout=2) == deliveries
+        assert [one.tag for one in request.get(timeout=2)] == [1, 2, 3]
         broker.lost("gone")
         wire.lose()
 
@@ -124,7 +128,7 @@ def test_a_lease_lasts_for_its_seconds_and_as_long_again_from_each_extension(
     assert leases.extend(receipts[:2]) == 2
     clock.now += SECONDS - 1
     tick()
-    assert leases.take(receipts[:1]) == deliveries[:1]
+    assert leases.take(receipts[:1]) == [deliveries[0].handle]
     for receipt in receipts[2], receipts[1]:
         with pytest.raises(Gone):
             leases.take([receipt])
@@ -166,6 +170,7 @@ def test_the_broker_s_patience_begins_with_the_delivery(
 def test_a_lease_that_ends_gives_its_message_back_as_one_that_failed_in_order(
     rabbit: Rabbit, wire: Wire, leases: Leases, deliveries: list[Delivery], clock: Any
 ) -> None:
+    before = MEMORY.held
     c, b, a = map(leases.grant, reversed(deliveries))
     clock.now += SECONDS - 1
     tick()
@@ -180,7 +185,7 @@ def test_a_lease_that_ends_gives_its_message_back_as_one_that_failed_in_order(
     assert rejects(wire) == [(1, True), (3, True), (2, True)]
     with pytest.raises(Gone):
         leases.take([a, b, c])
-    assert leases._leases == {}
+    assert MEMORY.held == before, "each has given back what it held"
 
 
 @pytest.mark.parametrize("end", [Leases.take, Leases.forget])
@@ -193,10 +198,27 @@ def test_a_lease_that_was_ended_gives_nothing_back(
     assert rejects(wire) == []
 
 
-def test_receipts_are_never_the_same(broker: Broker, deliveries: list[Delivery]) -> None:
-    receipts = []
-    for _ in range(3):
-        leases = Leases(broker, SECONDS)
-        receipts += [leases.grant(one) for one in deliveries * 2]
-        leases._keeper.kill()  # type: ignore[union-attr]
+def test_receipts_are_never_the_same_and_tell_nothing_of_the_next(
+    leases: Leases, deliveries: list[Delivery]
+) -> None:
+    receipts = [leases.grant(one) for one in deliveries * 100]
     assert len(set(receipts)) == len(receipts)
+    assert {len(receipt) for receipt in receipts} == {22}, "16 random bytes"
+    for place in range(21):  # the last character has the two bits that are left
+        assert len({receipt[place] for receipt in receipts}) > 32
+
+
+def test_a_lease_keeps_no_body(leases: Leases, deliveries: list[Delivery]) -> None:
+    receipts = [leases.grant(one) for one in deliveries]
+    bodies = [weakref.ref(one) for one in deliveries]
+    deliveries.clear()
+    gc.collect()
+    assert [one() for one in bodies] == [None] * 3
+    assert [one.tag for one in leases.take(receipts)] == [1, 2, 3]
+
+
+def test_without_memory_there_is_no_lease(broker: Broker, deliveries: list[Delivery]) -> None:
+    memory = Memory(0)
+    with pytest.raises(OutOfMemory):
+        Leases(broker, SECONDS, memory).grant(deliveries[0])
+    assert memory.held == 0

@@ -1,0 +1,141 @@
+"""The requests that wait for messages, and the messages that wait for a request."""
+
+import heapq
+import math
+from dataclasses import dataclass, field
+
+from gevent.event import Event
+
+from subscriber.delivery import Delivery
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A request that waits for want messages of room bytes, or less when the queue is empty."""
+
+    want: int
+    room: float
+    # Whether it goes on waiting although the queue is empty, while it has nothing.
+    patient: bool
+    # Its place in the line.
+    number: int = 0
+    # Gets sent before it joined: an empty answer to one of those says nothing to it.
+    since: int = 0
+    deliveries: list[Delivery] = field(default_factory=list)
+    done: Event = field(default_factory=Event)
+    error: Exception | None = None
+
+    @property
+    def missing(self) -> int:
+        """How many messages it still wants."""
+        return self.want - len(self.deliveries)
+
+    def take(self, delivery: Delivery) -> bool:
+        """Take delivery unless it does not fit; the last one ends the wait."""
+        if self.room < math.inf:
+            self.room -= delivery.size
+        fits = self.room >= 0
+        if fits:
+            self.deliveries.append(delivery)
+        if not fits or len(self.deliveries) == self.want:
+            self.done.set()
+        return fits
+
+
+class Line:
+    """Requests in the order of asking, or else messages in the order of the queue.
+
+    Nobody waits while a message is held here, because requests take from those first.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        # How many messages the impatient still miss.
+        self.wanted = 0
+        # A heap, by tag.
+        self._held: list[tuple[int, Delivery]] = []
+        # By their numbers, in the order of asking.
+        self._impatient: dict[int, Waiter] = {}
+        self._patient: dict[int, Waiter] = {}
+        self._arrived = 0
+
+    @property
+    def patient(self) -> int:
+        """How many requests wait although the queue is empty."""
+        return len(self._patient)
+
+    def serve(self, waiter: Waiter) -> None:
+        """Give waiter what is held here."""
+        while self._held and not waiter.done.is_set():
+            if waiter.take(self._held[0][1]):
+                heapq.heappop(self._held)
+
+    def enter(self, waiter: Waiter, since: int) -> None:
+        """Let waiter wait at the end of the line; since is how many gets were sent before."""
+        self._arrived += 1
+        waiter.number, waiter.since = self._arrived, since
+        if waiter.patient:
+            self._patient[waiter.number] = waiter
+        else:
+            self._impatient[waiter.number] = waiter
+            self.wanted += waiter.missing
+
+    def leave(self, waiter: Waiter) -> None:
+        """Let waiter wait no more."""
+        self._patient.pop(waiter.number, None)
+        if self._impatient.pop(waiter.number, None):
+            self.wanted -= waiter.missing
+
+    def hurry(self, waiter: Waiter, since: int) -> None:
+        """Have waiter get what there is now; what came since the last look is not missed."""
+        self.leave(waiter)
+        waiter.patient = False
+        self.enter(waiter, since)
+
+    def hurry_all(self, since: int) -> None:
+        """Hurry all who would go on waiting."""
+        for waiter in list(self._patient.values()):
+            self.hurry(waiter, since)
+
+    def hand_out(self, delivery: Delivery) -> None:
+        """Give delivery to the first who has room for it, or hold it for the next to come."""
+        while waiters := [one for one in map(_first, (self._impatient, self._patient)) if one]:
+            waiter = min(waiters, key=lambda one: one.number)
+            missing = waiter.missing
+            taken = waiter.take(delivery)
+            if not waiter.patient:
+                self.wanted -= missing - waiter.missing
+            if waiter.done.is_set():
+                self.leave(waiter)
+            if taken:
+                return
+        heapq.heappush(self._held, (delivery.tag, delivery))
+
+    def found_empty(self, asked: int) -> None:
+        """End the wait of the impatient who came before get number asked, whose answer is empty.
+
+        Who came after it may have come after a new message, too.
+        """
+        while (waiter := _first(self._impatient)) and waiter.since < asked:
+            waiter.done.set()
+            self.leave(waiter)
+
+    def fail(self, error: Exception) -> None:
+        """End all waits by error; what came for them, and what is held, comes again."""
+        waiting = [*self._impatient.values(), *self._patient.values()]
+        lost = [one for _, one in self._held]
+        for waiter in waiting:
+            lost += waiter.deliveries
+            waiter.deliveries = []
+            waiter.error = error
+            waiter.done.set()
+        for delivery in lost:
+            delivery.close()
+        self._held.clear()
+        self._impatient.clear()
+        self._patient.clear()
+        self.wanted = 0
+
+
+def _first(line: dict[int, Waiter]) -> Waiter | None:
+    return next(iter(line.values()), None)
