@@ -11,11 +11,11 @@ MAKEFLAGS += --no-print-directory
 PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
-# Which log files `make logs` follows, of which stack; `make chaos` breaks that one.
+# Which log files `make logs` follows, of which stack; `make chaos` and `make abuse` break that one.
 S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-alerts molecule test-host test-bare bench chaos requirements
+.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-engine molecule test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -51,14 +51,15 @@ lint: .venv/.test
 	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
 	mypy roles/backup/files/archive.py
 
-unit: unit-python unit-alerts
+unit: unit-python unit-engine
 
 unit-python: .venv/.test
-	$(PYTEST) apps tests --ignore tests/bare --ignore tests/test_alerts.py
+	$(PYTEST) apps tests --ignore tests/bare $(addprefix --ignore ,$(BY_ENGINE))
 
-# By promtool and amtool of the images.
-unit-alerts: .venv/.test test-host
-	$(PYTEST) tests/test_alerts.py
+# By the engine, and by promtool and amtool of the images.
+BY_ENGINE = tests/test_alerts.py tests/test_image_source.py
+unit-engine: .venv/.test test-host
+	$(PYTEST) $(BY_ENGINE)
 
 molecule: .venv/.test
 	molecule test --all --no-command-borders
@@ -75,6 +76,10 @@ bench: .venv/.test
 chaos:
 	python3 tests/chaos.py --stack $(STACK) --messages 100000 --clients 16 --rounds 5
 	python3 tests/chaos.py --stack $(STACK) --hangups 1000
+
+# Likewise. For a part of it: ARGS="--cases A2,A9 --short".
+abuse:
+	python3 tests/abuse.py --stack $(STACK) $(ARGS)
 
 # --no-compile: Python compiles what it uses, a tenth of it.
 .venv/.run: requirements.txt

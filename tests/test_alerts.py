@@ -1,6 +1,6 @@
 """The alerts fire when they must and only then, and go where the route says.
 
-promtool and amtool are those of the images that will read the files.
+promtool and amtool are those of the images that will read the files; there are two promtools.
 """
 
 import csv
@@ -87,6 +87,12 @@ def configuration(texts: dict[str, str]) -> dict[str, str]:
     return files | {str(path.relative_to(plain)): path.read_text() for path in plain.rglob("*.yml")}
 
 
+@pytest.fixture(scope="module", params=["prometheus", "next-prometheus"])
+def promtool(images: dict[str, str], request: pytest.FixtureRequest) -> str:
+    """Return an image with a promtool: Debian's, or a registry's, and that of its next release."""
+    return images[request.param]
+
+
 @pytest.fixture(scope="module")
 def prometheus(rendered: Rendered) -> dict[str, str]:
     """Return the folder of Prometheus' configuration, path by path."""
@@ -122,21 +128,19 @@ def with_a_team(tmp_path_factory: pytest.TempPathFactory) -> str:
     return render(folder, **own)[CONFIG]
 
 
-def test_promtool_takes_the_configuration(
-    images: dict[str, str], prometheus: dict[str, str]
-) -> None:
-    done = run_in(images["prometheus"], prometheus, "promtool check config prometheus.yml")
+def test_promtool_takes_the_configuration(promtool: str, prometheus: dict[str, str]) -> None:
+    done = run_in(promtool, prometheus, "promtool check config prometheus.yml")
     assert done.returncode == 0, done.stdout
     assert "rule files found" in done.stdout
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_the_rules_do_what_their_cases_say(
-    images: dict[str, str], request: pytest.FixtureRequest, case: Path
+    promtool: str, request: pytest.FixtureRequest, case: Path
 ) -> None:
     nodes = "prometheus_of_three" if case.stem == "cluster" else "prometheus"
     files = {**request.getfixturevalue(nodes), "case.yml": case.read_text()}
-    done = run_in(images["prometheus"], files, "promtool test rules case.yml")
+    done = run_in(promtool, files, "promtool test rules case.yml")
     assert done.returncode == 0, done.stdout
     assert "SUCCESS" in done.stdout
 

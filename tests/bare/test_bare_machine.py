@@ -20,7 +20,7 @@ from readme import follow, walkthrough
 ROOT = Path(__file__).parents[2]
 PROJECT = "/root/project"
 CHECK = "LC_ALL=C.UTF-8 .venv/bin/ansible-playbook --check --diff playbooks/site.yml"
-PULLED = ("debian:", "rabbitmq:")
+PULLED = ("debian:", "rabbitmq:", "prom/", "fluent/")
 SERVICES = (
     "fluentd",
     "rabbitmq",
