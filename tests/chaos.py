@@ -172,12 +172,7 @@ class Stack:
 
     def workers(self) -> set[int]:
         """Return the publisher's worker processes; none when one ends just now."""
-        process = Path("/proc", str(self.pid("publisher")))
-        try:
-            files = [file.read_text() for file in process.glob("task/*/children")]
-        except OSError:
-            return set()
-        return {int(pid) for pid in chain.from_iterable(file.split() for file in files)}
+        return children(self.pid("publisher"))
 
     def ready(self) -> bool:
         """Return whether both doors reach the broker."""
@@ -257,6 +252,15 @@ def docker(*args: str) -> str:
     if done.returncode != 0:
         raise Broken(f"docker {' '.join(args)}: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def children(pid: int) -> set[int]:
+    """Return the processes that a process started; none when one ends just now."""
+    try:
+        files = [file.read_text() for file in Path("/proc", str(pid)).glob("task/*/children")]
+    except OSError:
+        return set()
+    return {int(child) for child in chain.from_iterable(file.split() for file in files)}
 
 
 def kill(pid: int) -> None:

@@ -31,12 +31,34 @@ CASES = [
         ["apps_publisher_confirm_timeout", "10", "1 to 4"],
     ),
     (
+        {"apps_max_batch_bytes": 67108864},
+        ["apps_publisher_memory is 512M", "1120M", "apps_subscriber_memory is 384M", "592M"],
+    ),
+    (
         {"stack_bind_address": "0.0.0.0", "refused_by": ["apps"]},
         ["stack_bind_address is 0.0.0.0", "apps_http_user"],
     ),
     (
         {"rabbitmq_host_name": "a.example", "rabbitmq_disk_free_limit": "two"},
         ["is a.example;", "without dots", "rabbitmq_disk_free_limit is two;", "2GB"],
+    ),
+    (
+        {
+            "rabbitmq_memory": "511M",
+            "rabbitmq_memory_watermark": 0.41,
+            "rabbitmq_open_files": 999,
+        },
+        [
+            "rabbitmq_memory is 511M;",
+            "from 512M",
+            "rabbitmq_memory_watermark is 0.41;",
+            "from 0.1 to 0.4",
+            "rabbitmq_open_files is 999;",
+        ],
+    ),
+    (
+        {"rabbitmq_memory": "9999G", "rabbitmq_memory_watermark": 0.10},
+        ["rabbitmq_memory is 9999G, but", "GB; set rabbitmq_memory to less"],
     ),
     (
         {"stack_name": "other", "refused_by": ["fluentd"]},

@@ -100,6 +100,21 @@ def test_no_message_is_lost_or_out_of_order_when_clients_hang_up(stack: Stack) -
     assert told["answers"]["200"] > 100
 
 
+def test_no_input_ends_a_process_or_keeps_others_waiting(stack: Stack) -> None:
+    for name in "chaos.py", "abuse.py":
+        script = (PROJECT / "tests" / name).read_text()
+        stack.run("mkdir -p /tmp/abuse && printf %%s %s > /tmp/abuse/%s", script, name)
+    args = ["--stack", stack.name, "--queue", stack.vars["stack_queue"], "--short"]
+    for door in "publisher", "subscriber":
+        args += [f"--{door}", f"http://127.0.0.1:{stack.vars[f'apps_{door}_port']}"]
+    # Beside this, the machine does other work.
+    args += ["--within", "5"]
+    result = stack.host.run("python3 /tmp/abuse/abuse.py" + " %s" * len(args), *args)
+    print(result.stdout)
+    assert result.rc in (0, 1), result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1])["problems"] == []
+
+
 @pytest.mark.parametrize("load", [0, 4], ids=["idle", "load"])
 def test_a_memory_alarm_is_503_at_once_and_ends_with_the_alarm(stack: Stack, load: int) -> None:
     ports = ("rabbitmq_metrics_port", "apps_publisher_port", "apps_subscriber_port")
