@@ -183,7 +183,7 @@ CASES: dict[str, list[tuple[str, list[Any], int]]] = {
         ("half a JSON", text('{"message": '), 400),
         ("no JSON", text(""), 400),
         ("a list", text('["message"]'), 400),
-        ("deep JSON", text(["[", 100_000]), 400),
+        ("deep JSON", text(["[", 100_000]), 413),
         ("a long number", text(["1", 10_000]), 400),
         ("a number for a text", text('{"message": 1}'), 400),
         ("a line that is a number", batch("1"), 400),

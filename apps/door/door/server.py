@@ -59,7 +59,7 @@ JOINED = 64 * 1024
 HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\0-\x08\n-\x1f\x7f]*)\r?\n")
 # http://host:port of a target in absolute form (RFC 9112, section 3.2.2).
 AUTHORITY = re.compile(r"^https?://[^/?#]+", re.IGNORECASE)
-LENGTH = re.compile(r"[0-9]{1,18}")
+LENGTH = re.compile(r"[0-9]{1,1000}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_CHUNK_LINE = 256
 ONCE = ("content-length", "content-type", "transfer-encoding", "host", "authorization")
