@@ -90,6 +90,11 @@ class JoinedConnection(GeventConnection):
             if parts:
                 super()._adapter_emit_data(b"".join(parts))
 
+    @property
+    def unwritten(self) -> int:
+        """Bytes that were sent and that the system did not take yet."""
+        return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
+
     def _adapter_emit_data(self, data: bytes) -> None:
         if self._parts is None:
             super()._adapter_emit_data(data)

@@ -194,6 +194,16 @@ def test_a_block_that_sends_nothing_sends_nothing(channel: Channel, sent: list[b
     assert sent == []
 
 
+@pytest.mark.usefixtures("sent")
+def test_what_the_system_did_not_take_yet_is_counted(channel: Channel, link: WatchedLink) -> None:
+    connection = channel.connection
+    assert connection.unwritten == 0
+    channel.basic_publish("e", "k", b"x" * 16_000_000)  # more than a socket's buffers hold
+    assert 0 < connection.unwritten <= 17_000_000
+    link.drop(ZeroDivisionError())
+    eventually(lambda: connection.unwritten == 0)
+
+
 def test_pika_is_the_one_that_joined_connection_was_written_for() -> None:
     """After an update read how pika's Connection sends, then change this and JoinedConnection."""
     assert version("pika") == "1.4.4"

@@ -197,7 +197,7 @@ class Broker(Link):
         count = min(MAX_FLUSH, WINDOW - len(self._unconfirmed))
         size = min(MAX_FLUSH_BYTES, WINDOW_BYTES - self._unconfirmed_bytes)
         connection = self.channel.connection  # type: ignore[union-attr]
-        if count <= 0 or size <= 0 or _unwritten(connection) > MAX_UNWRITTEN:
+        if count <= 0 or size <= 0 or connection.unwritten > MAX_UNWRITTEN:
             return
         waited = bool(self._begun)
         share = 2 if waited else 1
@@ -311,9 +311,3 @@ class Broker(Link):
         for waiting in self._fresh, self._begun:
             while waiting:
                 waiting.popleft().fail(f"{what}; {UNSENT}.")
-
-
-def _unwritten(connection: Any) -> int:
-    """Bytes that connection keeps until the system takes them."""
-    transport = connection._transport
-    return 0 if transport is None else int(transport.get_write_buffer_size())

@@ -22,7 +22,7 @@ DEADLINE = 3  # seconds any promise may take
 class Connection:
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
-        self._transport = self
+        self._transport = object()
         self.unwritten = 0
         # How many messages left in each piece.
         self.pieces: list[int] = []
@@ -42,9 +42,6 @@ class Connection:
 
     def _terminate_stream(self, reason: Exception) -> None:
         self.cut_because = reason
-
-    def get_write_buffer_size(self) -> int:
-        return self.unwritten
 
     def block(self) -> None:
         self._blocked(self, Method(0, ConnectionMethods.Blocked("low on memory")))
