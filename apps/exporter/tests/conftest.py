@@ -377,6 +377,12 @@ class Process:
         self.process.send_signal(number)
         return self.process.wait(5)
 
+    def cpu(self) -> float:
+        """Return the seconds that it has spent on processors, which others' load leaves alone."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
     def rss(self) -> float:
         """Return the memory that it has now, in MiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()

@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_ends_the_start_by_name(process: Callable[..., Proc
     assert done.stderr.startswith("exporter: PUBLISH_ADDR:PUBLISH_PORT=127.0.0.1:")
 
 
-def test_a_thousand_queues_take_less_than_a_second(
+def test_a_thousand_queues_take_less_than_a_second_of_a_processor(
     broker: FakeBroker, process: Callable[..., Process]
 ) -> None:
     queues = [broker.queue(lambda: 123456, f"orders.{number:04}") for number in range(1000)]
@@ -120,11 +120,10 @@ def test_a_thousand_queues_take_less_than_a_second(
     running = process()
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = running.cpu()
         status, _, text = running.exporter.get("/metrics")
-        seconds.append(time.perf_counter() - started)
+        seconds.append(running.cpu() - before)
         assert status == 200
         assert text.count("\nrabbitmq_queue_state{") == 1000
-    # The best of them, as others use this machine, too.
     assert min(seconds) < 1, seconds
     assert running.rss() < 256
