@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from aiohttp import web
-from prometheus_client import Metric, generate_latest
-from prometheus_client.registry import Collector
 
 from exporter import __version__
 from exporter.broker import Broker, NoAnswer
-from exporter.families import Families, Origin, Record, ShapeError, family, parse
+from exporter.families import Families, Origin, Record, ShapeError, parse
 from exporter.fluentd import Fluentd, plugin_families, plugins_in
 from exporter.settings import Settings
+from exporter.text import Family, label_text, written
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WELCOME = """<!doctype html>
@@ -39,8 +38,8 @@ class Answer:
     seconds: float = 0
 
 
-class Scrape(Collector):
-    """The metrics of one scrape, for generate_latest."""
+class Scrape:
+    """The metrics of one scrape."""
 
     def __init__(
         self,
@@ -63,20 +62,25 @@ class Scrape(Collector):
         """Whether every module was answered."""
         return not any(answer.failure for answer in self._answers.values())
 
-    def collect(self) -> Iterator[Metric]:
+    def families(self) -> Iterator[Family]:
         """Yield the families, without those of modules that failed."""
         cluster, node = (self._origin.cluster, self._origin.node) if self._origin else ("", "")
         labels = {"cluster": cluster, "node": node}
-        modules = [(labels | {"module": name}, answer) for name, answer in self._answers.items()]
-        yield from family("up", "1 if the scrape had every module.", [(labels, self.up)])
-        ups = [(labels, not answer.failure) for labels, answer in modules]
-        yield from family("module_up", "1 if the scrape had this module.", ups)
-        build = {"version": __version__, "revision": "", "branch": "", "builddate": ""}
-        yield from family("exporter_build_info", "1; the labels tell the version.", [(build, 1)])
+        modules = [
+            (label_text(labels | {"module": name}), answer)
+            for name, answer in self._answers.items()
+        ]
+        text = "1 if the scrape had every module."
+        yield Family("rabbitmq_up", text, [(label_text(labels), self.up)])
+        ups = [(module, float(not answer.failure)) for module, answer in modules]
+        yield Family("rabbitmq_module_up", "1 if the scrape had this module.", ups)
+        build = label_text({"version": __version__, "revision": "", "branch": "", "builddate": ""})
+        text = "1; the labels tell the version."
+        yield Family("rabbitmq_exporter_build_info", text, [(build, 1)])
         if self._origin:
-            durations = [(labels, answer.seconds) for labels, answer in modules]
+            durations = [(module, answer.seconds) for module, answer in modules]
             text = "Seconds from the question to its answer."
-            yield from family("module_scrape_duration_seconds", text, durations)
+            yield Family("rabbitmq_module_scrape_duration_seconds", text, durations)
             families = Families(self._settings, self._origin)
             for module, answer in self._answers.items():
                 if not answer.failure:
@@ -114,8 +118,8 @@ class Exporter:
         told = named.pop("fluentd", None)
         scrape = Scrape(self._settings, self._seen(named["overview"]), named, told)
         self.up = scrape.up
-        # A thousand queues take most of a second, in which others want their answers, too.
-        return await asyncio.to_thread(generate_latest, scrape)
+        # Thousands of queues take a second, in which others want their answers, too.
+        return await asyncio.to_thread(lambda: written(scrape.families()))
 
     def _seen(self, overview: Answer) -> Origin | None:
         """Return where overview came from, or the last one that came."""

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple, Self
 
-from prometheus_client import Metric
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.samples import Sample
-
 from exporter.settings import Settings
+from exporter.text import Family, Kind, label_text
 
 # Field of the API: name without rabbitmq_, help text.
 Table = Mapping[str, tuple[str, str]]
-Labels = dict[str, str]
-# Labels of a thing and its numbers by field.
-Row = tuple[Labels, Mapping[str, float]]
-Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+# A thing's labels, as text, and its numbers by field.
+Row = tuple[str, Mapping[str, float]]
 
 OVERVIEW: Table = {
     "object_totals.channels": ("channels", "Open channels."),
@@ -286,22 +281,6 @@ def _numbers(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield f"{prefix}{name}_len", float(len(value))
 
 
-def family(
-    name: str,
-    text: str,
-    samples: Iterable[tuple[Labels, float]],
-    kind: Kind = GaugeMetricFamily,
-    prefix: str = "rabbitmq_",
-) -> Iterator[Metric]:
-    """Yield the family {prefix}{name}, unless it has no samples."""
-    name = prefix + name
-    metric = kind(name, text)
-    # Not add_metric, which makes another dict of every sample's labels.
-    metric.samples = [Sample(name, labels, value) for labels, value in samples]
-    if metric.samples:
-        yield metric
-
-
 class Families:
     """The families of one scrape's data."""
 
@@ -310,7 +289,7 @@ class Families:
         self._settings = settings
         self._origin = origin
 
-    def of(self, module: str, records: list[Record]) -> Iterator[Metric]:
+    def of(self, module: str, records: list[Record]) -> Iterator[Family]:
         """Yield the families of module's records."""
         yield from {
             "overview": self._overview,
@@ -329,53 +308,55 @@ class Families:
         self,
         table: Table,
         rows: list[Row],
-        kind: Kind = GaugeMetricFamily,
+        kind: Kind = "gauge",
         default: float | None = None,
-    ) -> Iterator[Metric]:
+    ) -> Iterator[Family]:
         """Yield table's families; a row without a field's number has default, None: no sample."""
         for field, (name, text) in table.items():
             if field not in self._settings.exclude:
                 samples = ((labels, numbers.get(field, default)) for labels, numbers in rows)
-                given = ((labels, value) for labels, value in samples if value is not None)
-                yield from family(name, text, given, kind)
+                given = [(labels, value) for labels, value in samples if value is not None]
+                yield Family(f"rabbitmq_{name}", text, given, kind)
 
-    def _overview(self, records: list[Record]) -> Iterator[Metric]:
+    def _overview(self, records: list[Record]) -> Iterator[Family]:
         overview = records[0]
         cluster, node = self._origin.cluster, self._origin.node
-        yield from self._table(OVERVIEW, [({"cluster": cluster}, overview.numbers)])
-        yield from self._table(OVERVIEW_OLD, [({}, overview.numbers)])
+        yield from self._table(OVERVIEW, [(label_text({"cluster": cluster}), overview.numbers)])
+        yield from self._table(OVERVIEW_OLD, [("", overview.numbers)])
         version = {
             "rabbitmq": overview.text("rabbitmq_version"),
             "erlang": overview.text("erlang_version"),
             "node": node,
             "cluster": cluster,
         }
-        yield from family("version_info", "1; the labels tell the versions.", [(version, 1)])
+        text = "1; the labels tell the versions."
+        yield Family("rabbitmq_version_info", text, [(label_text(version), 1)])
 
-    def _node(self, records: list[Record]) -> Iterator[Metric]:
+    def _node(self, records: list[Record]) -> Iterator[Family]:
         nodes = [(record.text("name"), record.numbers) for record in records]
         cluster = self._origin.cluster
         rows: list[Row] = [
-            ({"cluster": cluster, "node": node, "self": self._self(node)}, numbers)
+            (label_text({"cluster": cluster, "node": node, "self": self._self(node)}), numbers)
             for node, numbers in nodes
         ]
         yield from self._table(NODE, rows)
-        yield from self._table(NODE_OLD, [({"node": node}, numbers) for node, numbers in nodes])
+        rows = [(label_text({"node": node}), numbers) for node, numbers in nodes]
+        yield from self._table(NODE_OLD, rows)
 
-    def _exchange(self, records: list[Record]) -> Iterator[Metric]:
+    def _exchange(self, records: list[Record]) -> Iterator[Family]:
         rows: list[Row] = []
         for record in records:
             vhost, name = record.text("vhost"), record.text("name")
             if self._settings.vhosts.takes(vhost) and self._settings.exchanges.takes(name):
                 labels = {"cluster": self._origin.cluster, "vhost": vhost, "exchange": name}
-                rows.append((labels, record.numbers))
-        yield from self._table(EXCHANGE_COUNTERS, rows, CounterMetricFamily)
+                rows.append((label_text(labels), record.numbers))
+        yield from self._table(EXCHANGE_COUNTERS, rows, "counter")
 
-    def _queue(self, records: list[Record]) -> Iterator[Metric]:
+    def _queue(self, records: list[Record]) -> Iterator[Family]:
         rows: list[Row] = []
         limits: list[Row] = []
-        states: list[tuple[Labels, float]] = []
-        idle: list[tuple[Labels, float]] = []
+        states: list[tuple[str, float]] = []
+        idle: list[tuple[str, float]] = []
         for record in records:
             vhost, name = record.text("vhost"), record.text("name")
             if not self._settings.vhosts.takes(vhost) or not self._settings.queues.takes(name):
@@ -388,21 +369,22 @@ class Families:
                 "policy": record.text("policy"),
                 "self": self._self(record.text("node")),
             }
-            rows.append((labels, record.numbers))
-            limits.append((labels, _limits(record.numbers)))
+            queue = label_text(labels)
+            rows.append((queue, record.numbers))
+            limits.append((queue, _limits(record.numbers)))
             state = record.text("state")
             if (since := _seconds(record.text("idle_since"))) is not None:
-                idle.append((labels, since))
+                idle.append((queue, since))
                 state = "idle" if state == "running" else state
-            states.append((labels | {"state": state}, 1))
+            states.append((label_text(labels | {"state": state}), 1))
         yield from self._table(QUEUE, rows)
-        yield from self._table(QUEUE_COUNTERS, rows, CounterMetricFamily, default=0)
+        yield from self._table(QUEUE_COUNTERS, rows, "counter", default=0)
         yield from self._table(QUEUE_LIMITS, limits)
-        yield from family("queue_state", "1 for the state that the queue is in.", states)
+        yield Family("rabbitmq_queue_state", "1 for the state that the queue is in.", states)
         text = "When the queue was used last, in seconds since 1970."
-        yield from family("queue_idle_since_seconds", text, idle)
+        yield Family("rabbitmq_queue_idle_since_seconds", text, idle)
 
-    def _connections(self, records: list[Record]) -> Iterator[Metric]:
+    def _connections(self, records: list[Record]) -> Iterator[Family]:
         sums: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
         states: dict[tuple[str, ...], float] = defaultdict(float)
         for record in records:
@@ -411,12 +393,16 @@ class Families:
             numbers = sums[key]
             for field in CONNECTION.keys() & record.numbers.keys():
                 numbers[field] = numbers.get(field, 0) + record.numbers[field]
-        yield from self._table(CONNECTION, [(self._peer(*k), n) for k, n in sums.items()])
+        rows: list[Row] = [(label_text(self._peer(*key)), numbers) for key, numbers in sums.items()]
+        yield from self._table(CONNECTION, rows)
         text = "Connections in this state."
-        counts = [(self._peer(*k[:4]) | {"state": k[4]}, count) for k, count in states.items()]
-        yield from family("connection_status", text, counts)
+        counts = [
+            (label_text(self._peer(*key) | {"state": state}), count)
+            for (*key, state), count in states.items()
+        ]
+        yield Family("rabbitmq_connection_status", text, counts)
 
-    def _peer(self, vhost: str, node: str, peer_host: str, user: str) -> Labels:
+    def _peer(self, vhost: str, node: str, peer_host: str, user: str) -> dict[str, str]:
         return {
             "cluster": self._origin.cluster,
             "vhost": vhost,

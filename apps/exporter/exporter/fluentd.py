@@ -9,10 +9,10 @@ in_prometheus_monitor.rb besides.
 from collections.abc import Iterator
 
 import aiohttp
-from prometheus_client import Metric
 
 from exporter.broker import NoAnswer, answer
-from exporter.families import Record, Table, decode, family, records
+from exporter.families import Record, Table, decode, records
+from exporter.text import Family, label_text
 
 # Bytes of an answer: a plugin takes less than a thousand.
 MOST = 1 << 20
@@ -73,16 +73,16 @@ def plugins_in(body: bytes) -> list[Record]:
     ]
 
 
-def plugin_families(plugins: list[Record], up: bool) -> Iterator[Metric]:
+def plugin_families(plugins: list[Record], up: bool) -> Iterator[Family]:
     """Yield what is told of plugins, and whether Fluentd answered."""
     text = "1 if Fluentd told of its plugins."
-    yield from family("up", text, [({}, up)], prefix="fluentd_")
+    yield Family("fluentd_up", text, [("", up)])
     # Each once, whatever it answers: Prometheus wants no sample twice.
     rows = {tuple(plugin.text(name) for name in LABELS): plugin.numbers for plugin in plugins}
     for field, (name, text) in OUTPUT.items():
         samples = [
-            (dict(zip(LABELS, labels, strict=True)), numbers[field])
+            (label_text(dict(zip(LABELS, labels, strict=True))), numbers[field])
             for labels, numbers in rows.items()
             if field in numbers
         ]
-        yield from family(name, text, samples, prefix="fluentd_output_status_")
+        yield Family(f"fluentd_output_status_{name}", text, samples)

@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_ends_the_start_by_name(process: Callable[..., Proc
     assert done.stderr.startswith("exporter: PUBLISH_ADDR:PUBLISH_PORT=127.0.0.1:")
 
 
-def test_a_thousand_queues_take_less_than_a_second_of_a_processor(
+def test_a_thousand_queues_take_half_a_second_of_a_processor_at_most(
     broker: FakeBroker, process: Callable[..., Process]
 ) -> None:
     queues = [broker.queue(lambda: 123456, f"orders.{number:04}") for number in range(1000)]
@@ -125,5 +125,5 @@ def test_a_thousand_queues_take_less_than_a_second_of_a_processor(
         seconds.append(running.cpu() - before)
         assert status == 200
         assert text.count("\nrabbitmq_queue_state{") == 1000
-    assert min(seconds) < 1, seconds
+    assert min(seconds) <= 0.5, seconds
     assert running.rss() < 256
