@@ -10,6 +10,7 @@ from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from json.encoder import encode_basestring
 from typing import Any
 
 from door.events import REQUEST_ID, Value, good_id
@@ -41,7 +42,6 @@ OPTIONAL = (
 LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 _Decoder = getincrementaldecoder("utf-8")
-encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Delivery:
         headers = self.properties.headers
         return OVERHEAD + len(self.body) + (2 * footprint(headers) if headers else 0)
 
-    @cached_property
+    @property
     def size(self) -> int:
         """Bytes that the message takes at most as a line of JSON."""
         if self._short is not None:
@@ -129,32 +129,32 @@ class Delivery:
             body, encoding = self.body.decode(), "utf-8"
         except UnicodeDecodeError:
             body, encoding = b64encode(self.body).decode(), "base64"
-        known: dict[str, Any] = {"id": text(self.properties.message_id), "body": body}
-        return tell(self._add_known(known, encoding))[:-1]
+        message_id = to_json(text(self.properties.message_id))
+        return dump(
+            f'{{"id": {message_id}, "body": {encode_basestring(body)}, {self._known(encoding)}'
+        )
 
     @cached_property
     def _begin(self) -> bytes:
         """What stands before a larger body."""
-        return b'{"id": %b, "body": "' % dump(text(self.properties.message_id))
+        return dump(f'{{"id": {to_json(text(self.properties.message_id))}, "body": "')
 
     @cached_property
     def _middle(self) -> bytes:
         """What stands behind a larger body and is always the same."""
-        return b'", ' + tell(self._add_known({}, self._encoding))[1:-1]
+        return dump(f'", {self._known(self._encoding)}')
 
-    def _add_known(self, told: dict[str, Any], encoding: str) -> dict[str, Any]:
-        """Return told with what is known of the message besides its id and body."""
+    def _known(self, encoding: str) -> str:
+        """Return what is known of the message besides its id and body, without an end."""
         given = vars(self.properties)
-        told["encoding"] = encoding
-        told["content_type"] = text(given["content_type"])
+        told = f'"encoding": "{encoding}", "content_type": {to_json(text(given["content_type"]))}'
         for name in OPTIONAL:
             if given[name] is not None and (value := text(given[name])):
-                told[name] = value
+                told += f', "{name}": {encode_basestring(value)}'
         for name in ("timestamp", "priority"):
             if isinstance(given[name], int):
-                told[name] = given[name]
-        told["headers"] = given["headers"] or {}
-        return told
+                told += f', "{name}": {given[name]}'
+        return f'{told}, "headers": {tell(given["headers"])}'
 
     def _end(self, receipt: str | None) -> bytes:
         again = b"true" if self.redelivered else b"false"
@@ -199,25 +199,41 @@ def escaped(body: bytes) -> Iterator[bytes]:
     decoder = _Decoder()
     for start in range(0, len(body), PIECE):
         piece = body[start : start + PIECE]
-        yield dump(decoder.decode(piece, final=start + PIECE >= len(body)))[1:-1]
+        yield dump(encode_basestring(decoder.decode(piece, final=start + PIECE >= len(body))))[1:-1]
 
 
-def tell(known: dict[str, Any]) -> bytes:
-    """Return what is known of a message as JSON, without headers that are nested too deeply."""
+def tell(headers: Mapping[Any, Any] | None) -> str:
+    """Return a message's headers as JSON, none when they are nested too deeply."""
     try:
-        known["headers"] = plain(known["headers"])
-        return dump(known)
+        return to_json(headers or {})
     except RecursionError:  # deeper than anybody means
-        known["headers"] = {}
-        return dump(known)
+        return "{}"
 
 
-def dump(value: object) -> bytes:
-    """Return value as JSON on one line, whatever takes it for one."""
-    told = encode(value)
-    if not told.isascii():
-        for end, escape in LINE_ENDS.items():
-            told = told.replace(end, escape)
+def to_json(value: Any) -> str:
+    """Return a value of AMQP's headers as JSON; what that has no type for becomes text."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if isinstance(value, Mapping):
+        members = [f"{to_json(name)}: {to_json(inner)}" for name, inner in value.items()]
+        return f"{{{', '.join(members)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(to_json, value))}]"
+    if value is None or isinstance(value, bool | int) or _is_finite(value):
+        return json.dumps(value)
+    return encode_basestring(value.decode("latin-1") if isinstance(value, bytes) else str(value))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def dump(told: str) -> bytes:
+    """Return JSON on one line, whatever takes it for one."""
+    if told.isascii():
+        return told.encode()
+    for end, escape in LINE_ENDS.items():
+        told = told.replace(end, escape)
     # A surrogate's escape is JSON's.
     return told.encode(errors="backslashreplace")
 
@@ -227,32 +243,14 @@ def text(value: object) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def footprint(headers: object) -> int:
+def footprint(headers: dict[Any, Any]) -> int:
     """Return the bytes of memory that AMQP's headers take, with all that is in them."""
-    total, left = 0, [headers]
+    total = sys.getsizeof(headers)
+    left: list[dict[Any, Any] | list[Any]] = [headers]
     while left:
-        one = left.pop()
-        total += sys.getsizeof(one)
-        if isinstance(one, dict):
-            left += one.keys()
-            left += one.values()
-        elif isinstance(one, list):
-            left += one
+        outer = left.pop()
+        for inner in [*outer, *outer.values()] if isinstance(outer, dict) else outer:
+            total += sys.getsizeof(inner)
+            if isinstance(inner, dict | list):
+                left.append(inner)
     return total
-
-
-def plain(headers: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return AMQP's headers as JSON has them: what it has no type for becomes text."""
-
-    def value(one: Any) -> Any:
-        if one is None or isinstance(one, str | bool | int):
-            return one
-        if isinstance(one, float) and math.isfinite(one):
-            return one
-        if isinstance(one, Mapping):
-            return plain(one)
-        if isinstance(one, list):
-            return [value(each) for each in one]
-        return one.decode("latin-1") if isinstance(one, bytes) else str(one)
-
-    return {value(name): value(one) for name, one in headers.items()}

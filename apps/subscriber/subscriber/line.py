@@ -99,8 +99,7 @@ class Line:
 
     def hand_out(self, delivery: Delivery) -> None:
         """Give delivery to the first who has room for it, or hold it for the next to come."""
-        while waiters := [one for one in map(_first, (self._impatient, self._patient)) if one]:
-            waiter = min(waiters, key=lambda one: one.number)
+        while waiter := self._first():
             missing = waiter.missing
             taken = waiter.take(delivery)
             if not waiter.patient:
@@ -135,6 +134,13 @@ class Line:
         self._impatient.clear()
         self._patient.clear()
         self.wanted = 0
+
+    def _first(self) -> Waiter | None:
+        """Return who asked first, if anybody."""
+        one, other = _first(self._impatient), _first(self._patient)
+        if one and other:
+            return one if one.number < other.number else other
+        return one or other
 
 
 def _first(line: dict[int, Waiter]) -> Waiter | None:
