@@ -10,10 +10,10 @@ import logging
 import re
 import threading
 import time
-import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from queue import Empty, Full
+from secrets import token_hex
 from typing import Protocol
 
 from fluent.asyncsender import FluentSender
@@ -164,7 +164,7 @@ class Event:
         self.started = time.perf_counter()
         # Seconds of the time since then in which nothing was to be done, as the client asked.
         self.waited = 0.0
-        self.request_id = good_id(request_id) or uuid.uuid4().hex
+        self.request_id = good_id(request_id) or token_hex(16)
         self.fields: dict[str, Value] = {}
         # Whether somebody tells it later than with the response.
         self.deferred = False

@@ -13,11 +13,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
+from secrets import token_hex
 from typing import Any, Protocol
-from uuid import uuid4
 
 import gevent
 from gevent.event import Event
@@ -201,6 +201,7 @@ class Handler(WSGIHandler):
 
     MessageClass = Headers
     wsgi_input: Any
+    path: Any
     status: Any
     response_headers: Any
     # A slow client is not an error of this program; a time-out has no errno but this text.
@@ -251,23 +252,39 @@ class Handler(WSGIHandler):
     def read_requestline(self) -> str:
         """Read the first line of a request; an empty one before it is skipped (RFC 9112, 2.2)."""
         self.server.clients.idle.begin(self)
-        with self._time_limit(b"\n"):
-            line = str(super().read_requestline())
-            return str(super().read_requestline()) if line in ("\r\n", "\n") else line
+        # Where it is there, no timer has to be started.
+        if b"\n" in self.rfile.peek():
+            return self._read_line()
+        with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
+            return self._read_line()
+
+    def _read_line(self) -> str:
+        line = str(super().read_requestline())
+        return str(super().read_requestline()) if line in ("\r\n", "\n") else line
 
     def read_request(self, raw_requestline: str) -> bool:
         """Read the request's headers; raises ValueError or Refused."""
         if raw_requestline.count(" ") != 2:
             raise Refused(HTTPStatus.BAD_REQUEST, "The request line is not METHOD TARGET VERSION.")
-        with self._time_limit(b"\r\n\r\n", HEADER_COPIES * MAX_HEADER_BYTES):
+        if b"\r\n\r\n" in self.rfile.peek():
             super().read_request(raw_requestline)
+        else:
+            self._read_slowly(raw_requestline)
         self.server.clients.idle.end(self)
         if self.headers.size > SMALL_HEADERS:
             self.grant.resize(CONNECTION + HEADER_COPIES * self.headers.size)
         if self.request_version == "HTTP/1.1" and self.headers.get("host") is None:
             raise Refused(HTTPStatus.BAD_REQUEST, "A request of HTTP/1.1 has the header Host.")
-        self.path = AUTHORITY.sub("", str(self.path), count=1) or "/"
+        if not self.path.startswith("/"):
+            self.path = AUTHORITY.sub("", self.path, count=1) or "/"
         return True
+
+    def _read_slowly(self, raw_requestline: str) -> None:
+        """Read headers that come by and by, within the time limit and holding memory for most."""
+        self.grant.add_now(HEADER_COPIES * MAX_HEADER_BYTES)
+        with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
+            super().read_request(raw_requestline)
+        self.grant.resize(CONNECTION)
 
     def get_environ(self) -> dict[str, Any]:
         """Return the WSGI environment with the client in it."""
@@ -316,25 +333,16 @@ class Handler(WSGIHandler):
             self._sendall(head + data)
 
     def _sendall(self, data: bytes) -> None:
-        """Send data; while its client does not take them, it may be let go."""
-        self._writing = True
-        with self.waiting:
-            super()._sendall(data)
-        self._writing = False
-
-    @contextmanager
-    def _time_limit(self, end: bytes, memory: int = 0) -> Iterator[None]:
-        """Wait until end arrives, within the time limit and holding memory for what comes before.
-
-        Where it is there, no timer has to be started.
-        """
-        if end in self.rfile.peek():
-            yield
-            return
-        self.grant.add_now(memory)
-        with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
-            yield
-        self.grant.resize(CONNECTION)
+        """Send data; a client who does not take them at once is waited for, and may be let go."""
+        try:
+            sent = os.write(self.socket.fileno(), data)
+        except OSError:  # there is no room now, or sendall tells what it is
+            sent = 0
+        if sent < len(data):
+            self._writing = True
+            with self.waiting:
+                super()._sendall(memoryview(data)[sent:])
+            self._writing = False
 
     def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
         """Tell the client what was wrong with its request, in the doors' own shape."""
@@ -356,7 +364,7 @@ class Handler(WSGIHandler):
         body = json.dumps({"message": str(ex)}).encode()
         head = (
             f"HTTP/1.1 {status} {status.phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-Id: {uuid4().hex}\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-Id: {token_hex(16)}\r\n"
             + (f"Retry-After: {RETRY_AFTER}\r\n" if ex is BUSY else "")
             + "Connection: close\r\n\r\n"
         )
