@@ -24,6 +24,20 @@ class Rendered:
     second: dict[str, str]
 
 
+def playbook(name: str, **variables: object) -> subprocess.CompletedProcess[str]:
+    """Run tests/name.yml by Ansible on the inventory of this host, with these variables."""
+    command = [".venv/bin/ansible-playbook", "--inventory=inventory/local.yml"]
+    return subprocess.run(
+        [*command, f"--extra-vars={json.dumps(variables)}", f"tests/{name}.yml"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )
+
+
 def render(folder: Path, **variables: object) -> dict[str, str]:
     """Render every template by Ansible, with the inventory's variables and these.
 
@@ -36,16 +50,7 @@ def render(folder: Path, **variables: object) -> dict[str, str]:
         "render_templates": [str(path) for path in TEMPLATES],
         **variables,
     }
-    command = [".venv/bin/ansible-playbook", "--inventory=inventory/local.yml"]
-    done = subprocess.run(
-        [*command, f"--extra-vars={json.dumps(values)}", "tests/render.yml"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=ROOT,
-        env={**os.environ, "LC_ALL": "C.UTF-8"},
-    )
+    done = playbook("render", **values)
     if done.returncode != 0:
         pytest.fail("\n".join(done.stdout.splitlines()[-40:]) + done.stderr, pytrace=False)
     # roles/fluentd/templates/fluentd/fluent.conf.j2 is fluentd/fluent.conf

@@ -6,8 +6,6 @@ The engine of this host asks a registry that this test is.
 import hashlib
 import http.server
 import json
-import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import playbook
 
 # The smallest image that an engine takes for one: a list of none of which it asks more.
 LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
@@ -96,15 +94,7 @@ def choose(folder: Path, port: int) -> Choice:
         "stack_secrets_dir": str(folder),
         "image_debian": f"127.0.0.1:{port}/debian:trixie-slim",
     }
-    done = subprocess.run(
-        [".venv/bin/ansible-playbook", f"--extra-vars={json.dumps(values)}", "tests/source.yml"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=ROOT,
-        env={**os.environ, "LC_ALL": "C.UTF-8"},
-    )
+    done = playbook("source", **values)
     record = folder / "image_source"
     recorded = record.read_text().strip() if record.exists() else ""
     return Choice(recorded, done.returncode, " ".join((done.stdout + done.stderr).split()))
