@@ -1,4 +1,4 @@
-"""What the role rabbitmq computes: hashes that RabbitMQ verifies, what it has lost, and bounds."""
+"""What roles compute: the broker's hashes, what it has lost, its bounds; where images come from."""
 
 import base64
 import copy
@@ -9,17 +9,21 @@ from typing import Any
 
 import pytest
 
-PLUGIN = Path(__file__).parents[1] / "roles/rabbitmq/filter_plugins/rabbitmq.py"
+ROLES = Path(__file__).parents[1] / "roles"
 
 
 @pytest.fixture(scope="module")
 def filters() -> Any:
-    spec = importlib.util.spec_from_file_location("rabbitmq_filters", PLUGIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.FilterModule().filters()
+    """Return the filters of every role, by name."""
+    found = {}
+    for plugin in ROLES.glob("*/filter_plugins/*.py"):
+        spec = importlib.util.spec_from_file_location(f"{plugin.stem}_filters", plugin)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found |= module.FilterModule().filters()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +134,91 @@ def test_what_was_changed_is_missing(
 ) -> None:
     found[name.split()[0]][-1] |= change
     assert filters["rabbitmq_missing"](WANTED, found) == [name]
+
+
+@pytest.fixture
+def plan(filters: Any, tmp_path: Path) -> Any:
+    """Return a function that plans the images of a tree that a test may change."""
+    for name in ("images/base", "images/own", "apps/door", "apps/app"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "Dockerfile").write_text("FROM x\n")
+    wanted = {
+        "own": {"contexts": ["images/own"], "base": "debian", "upstream": "official:1"},
+        "app": {"contexts": ["apps/door", "apps/app"]},
+    }
+    settings = {"root": str(tmp_path), "stack": "broker", "debian": "debian:x", "revision": 1}
+
+    def planned(source: str = "build", **others: Any) -> dict[str, dict[str, str]]:
+        images = filters["image_plan"](wanted, **{**settings, "source": source, **others})
+        return {image["name"]: image for image in images}
+
+    return planned
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "app"),
+    [
+        ({"source": "build"}, ("build", "broker/own:"), ("build", "broker/app:")),
+        ({"source": "registry"}, ("upstream", "official:1"), ("build", "broker/app:")),
+        ({"registry": "r:5"}, ("registry", "r:5/broker/own:"), ("registry", "r:5/broker/app:")),
+        (
+            {"source": "registry", "registry": "r:5", "push": True},
+            ("build", "r:5/broker/own:"),
+            ("build", "r:5/broker/app:"),
+        ),
+    ],
+)
+def test_an_image_comes_from_where_it_can_be_had(
+    plan: Any, given: dict[str, Any], own: tuple[str, str], app: tuple[str, str]
+) -> None:
+    images = plan(**given)
+    assert list(images) == ["base", "own", "app"]
+    assert (images["own"]["origin"], images["app"]["origin"]) == (own[0], app[0])
+    assert images["own"]["ref"].startswith(own[1])
+    assert images["app"]["ref"].startswith(app[1])
+    assert (images["base"]["origin"], images["base"]["ref"][:12]) == ("build", "broker/base:")
+
+
+@pytest.mark.parametrize(
+    ("path", "changed"),
+    [
+        ("images/own/Dockerfile", {"own"}),
+        ("apps/door/new/file", {"app"}),
+        # What stands on the base is built anew with it.
+        ("images/base/Dockerfile", {"base", "app"}),
+        ("apps/app/tests/test_app.py", set()),
+        ("apps/app/app/__pycache__/app.pyc", set()),
+        ("apps/app/.mypy_cache/3.13/app", set()),
+    ],
+)
+def test_an_image_is_named_by_its_content(
+    plan: Any, tmp_path: Path, path: str, changed: set[str]
+) -> None:
+    before = plan()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text("changed")
+    after = plan()
+    assert {name for name in after if after[name]["ref"] != before[name]["ref"]} == changed
+
+
+def test_a_revision_and_another_debian_name_every_built_image_anew(plan: Any) -> None:
+    one, two, other = plan(), plan(revision=2), plan(debian="debian:y")
+    for name, image in one.items():
+        assert len({image["ref"], two[name]["ref"], other[name]["ref"]}) == 3
+
+
+def test_what_is_there_is_not_missing_and_the_base_only_where_something_stands_on_it(
+    filters: Any, plan: Any
+) -> None:
+    def missing(*there: str) -> list[str]:
+        images = [{"RepoTags": [planned[name]["ref"]], "RepoDigests": []} for name in there]
+        return [image["name"] for image in filters["image_missing"](planned.values(), images)]
+
+    planned = plan()
+    assert missing() == ["base", "own", "app"]
+    assert missing("app") == ["own"]
+    assert missing("own", "app") == []
+    assert missing("base", "own") == ["app"]
+    planned = plan(registry="r:5")
+    assert missing("own") == ["app"]

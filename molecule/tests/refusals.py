@@ -115,7 +115,7 @@ CASES = [
     # With this one, the image is compared with the data as well.
     (
         {
-            "__image_refs": {"rabbitmq": "other:4.3.6"},
+            "image_refs": {"rabbitmq": "other:4.3.6"},
             "rabbitmq_host_name": "broker1",
             "refused_by": [],
         },
@@ -123,7 +123,7 @@ CASES = [
     ),
     (
         {
-            "__image_refs": {"rabbitmq": "kept:4.0.5"},
+            "image_refs": {"rabbitmq": "kept:4.0.5"},
             "rabbitmq_host_name": "another",
             "refused_by": [],
         },
