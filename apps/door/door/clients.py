@@ -6,7 +6,8 @@ floods a door meets himself, and a newcomer is served.
 """
 
 import time
-from typing import Protocol
+from collections import deque
+from typing import Any, Protocol
 
 from door.memory import Grant, Memory
 
@@ -28,6 +29,43 @@ class Waited(Protocol):
 
     def let(self) -> int:
         """Let it go: what the server waits for will not come; the bytes that it holds."""
+
+
+class Arrivals:
+    """Clients that were accepted and are still to be served; their addresses take turns."""
+
+    def __init__(self, most: int) -> None:
+        """Begin without any; there may be most of them."""
+        self._most = most
+        self._lines: dict[str, deque[Any]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
+
+    def add(self, address: str, client: Any) -> Any | None:
+        """Have client wait for its turn; when there are too many, return one who must go.
+
+        That is the first one of the address with the most of them.
+        """
+        self._lines.setdefault(address, deque()).append(client)
+        self._count += 1
+        if self._count <= self._most:
+            return None
+        return self._take(max(self._lines, key=lambda each: len(self._lines[each])))
+
+    def turn(self) -> list[Any]:
+        """Return one client of each address that has any."""
+        return [self._take(address) for address in list(self._lines)]
+
+    def _take(self, address: str) -> Any:
+        line = self._lines[address]
+        client = line.popleft()
+        if not line:
+            del self._lines[address]
+        self._count -= 1
+        return client
 
 
 class Waits:
@@ -61,11 +99,11 @@ class Waits:
 
 
 class Clients:
-    """The connections of one process, bounded by its memory."""
+    """The connections of one process, bounded by its memory, and by the files it may have open."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, files: int) -> None:
         """Begin without any; memory sheds some of them when it runs short."""
-        self.most = int(memory.size * SHARE) // CONNECTION
+        self.most = min(int(memory.size * SHARE) // CONNECTION, files)
         # Who has not sent all headers of a request since it came, or since its last answer.
         self.idle = Waits()
         # Who is sending a body, or taking an answer.

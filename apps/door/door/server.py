@@ -11,6 +11,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from gevent.event import Event
 from gevent.pywsgi import Input, WSGIHandler, WSGIServer
 
 from door import shared
-from door.clients import CONNECTION, Clients
+from door.clients import CONNECTION, Arrivals, Clients
 from door.memory import RETRY_AFTER, Grant, Memory, OutOfMemory
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ MAX_HEADER_BYTES = 32 * 1024
 # Bytes of headers that a connection's own memory has room for, and how many times their bytes
 # longer ones take: as lines, as a dictionary, and in the WSGI environment.
 SMALL_HEADERS, HEADER_COPIES = 2048, 4
+# Clients that the system may accept for this program, and that may then wait for their turn. The
+# system lets further ones try again, which takes them a second.
+BACKLOG = 4096
+# Workers take one client after the other, so that they share them; where more than MANY wait, each
+# takes so many at a time.
+MANY = 64
 # Seconds a client may take for its next request, to send all of its headers, or a part of its body
 # (door.call), and to read its whole response.
 CLIENT_TIMEOUT = 30
@@ -55,6 +62,9 @@ RESPAWN_DELAY = 0.5
 
 # Bytes of an answer that are joined with its headers, so that they leave in one piece.
 JOINED = 64 * 1024
+
+# Of struct tcp_info, the field tcpi_unacked: of a listening socket, the clients in its queue.
+ACCEPTED = struct.Struct("=24xL")
 
 HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\0-\x08\n-\x1f\x7f]*)\r?\n")
 # http://host:port of a target in absolute form (RFC 9112, section 3.2.2).
@@ -409,8 +419,43 @@ class Server(WSGIServer):
     ) -> None:
         """Serve application to the clients of listener, within memory."""
         super().__init__(listener, application, **kw)
-        self.clients = Clients(memory)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.clients = Clients(memory, files // 2)
         self.refusals = Refusals()
+        self._arrivals = Arrivals(min(BACKLOG, files // 4))
+        self._arrived = Event()
+
+    def start(self) -> None:
+        """Accept clients, and serve them in turns."""
+        super().start()
+        gevent.spawn(self._take_turns)
+
+    def _do_read(self) -> None:
+        """Accept one client, or many."""
+        self.max_accept = MANY if self._waiting() > MANY else 1
+        super()._do_read()
+
+    def _waiting(self) -> int:
+        """Return how many clients the system has accepted for this program (tcp(7), TCP_INFO)."""
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, ACCEPTED.size)
+        return int(ACCEPTED.unpack(info)[0])
+
+    def do_handle(self, sock: Any, address: Any) -> None:
+        """Have a client wait for its turn."""
+        crowded = self._arrivals.add(address[0] if address else "", (sock, address))
+        if crowded is not None:
+            crowded[0].close()
+        self._arrived.set()
+
+    def _take_turns(self) -> None:
+        """Serve who has come, one of each address after the other."""
+        while self._arrived.wait():
+            turn = self._arrivals.turn()
+            if not turn:
+                self._arrived.clear()
+            for client in turn:
+                super().do_handle(*client)
+            gevent.sleep(0)
 
     def handle(self, sock: Any, address: Any) -> None:
         """Serve one client, or tell it that there are too many."""
@@ -428,7 +473,7 @@ class Server(WSGIServer):
         """Accept nothing more and wait, at most DRAIN_TIMEOUT seconds, for running requests."""
         self.close()
         with gevent.Timeout(DRAIN_TIMEOUT, False):
-            while self.running:
+            while self.running or self._arrivals:
                 gevent.sleep(0.01)
 
 
@@ -448,7 +493,7 @@ def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserv
     logging.getLogger("pika").setLevel(logging.CRITICAL)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    listener = socket.create_server(("0.0.0.0", port), backlog=1024)
+    listener = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)
     listener.setblocking(False)
     memory = Memory.of(limit, workers, reserve)
     if workers == 1:

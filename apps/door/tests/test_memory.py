@@ -5,7 +5,7 @@ import time
 import gevent
 import pytest
 from door import memory
-from door.clients import CONNECTION, STALLED, Clients
+from door.clients import CONNECTION, STALLED, Arrivals, Clients
 from door.memory import MIB, Memory, OutOfMemory
 
 # Of so many bytes, requests may hold 7 MiB: the rest is for newcomers' connections.
@@ -79,7 +79,7 @@ def test_only_so_many_wait_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_as_many_are_let_go_as_hold_what_is_missing() -> None:
     memory = Memory(SIZE)
-    clients = Clients(memory)
+    clients = Clients(memory, 1000)
     idle = [Someone(memory, MIB) for _ in range(7)]
     for one in idle:
         clients.idle.begin(one)
@@ -89,7 +89,7 @@ def test_only_as_many_are_let_go_as_hold_what_is_missing() -> None:
 
 def test_who_has_the_most_connections_is_let_go_first() -> None:
     memory = Memory(SIZE)
-    clients = Clients(memory)
+    clients = Clients(memory, 1000)
     modest = Someone(memory, MIB, "modest")
     greedy = [Someone(memory, MIB, "greedy") for _ in range(6)]
     for one in (modest, *greedy):
@@ -100,7 +100,7 @@ def test_who_has_the_most_connections_is_let_go_first() -> None:
 
 def test_a_client_in_the_middle_of_a_request_is_let_go_only_when_it_stalls() -> None:
     memory = Memory(SIZE)
-    clients = Clients(memory)
+    clients = Clients(memory, 1000)
     slow = Someone(memory, 7 * MIB)
     clients.slow.begin(slow)
     started = time.monotonic()
@@ -111,7 +111,7 @@ def test_a_client_in_the_middle_of_a_request_is_let_go_only_when_it_stalls() -> 
 
 def test_a_newcomer_is_let_in_in_the_place_of_who_does_nothing() -> None:
     memory = Memory(4 * CONNECTION)
-    clients = Clients(memory)
+    clients = Clients(memory, 1000)
     assert clients.most == 3
     idle = [Someone(memory, 0) for _ in range(3)]
     for one in idle:
@@ -123,5 +123,26 @@ def test_a_newcomer_is_let_in_in_the_place_of_who_does_nothing() -> None:
 
 def test_a_newcomer_is_refused_while_everybody_is_being_served() -> None:
     memory = Memory(4 * CONNECTION)
-    clients = Clients(memory)
+    clients = Clients(memory, 1000)
     assert [clients.enter(memory.grant()) for _ in range(4)] == [True, True, True, False]
+
+
+def test_addresses_take_turns() -> None:
+    arrivals = Arrivals(10)
+    for client in "a1", "a2", "a3", "b1", "c1", "b2":
+        assert arrivals.add(client[0], client) is None
+    assert len(arrivals) == 6
+    turns = [sorted(arrivals.turn()) for _ in range(4)]
+    assert turns == [["a1", "b1", "c1"], ["a2", "b2"], ["a3"], []]
+    assert len(arrivals) == 0
+
+
+def test_who_came_first_of_the_address_with_the_most_arrivals_makes_room() -> None:
+    arrivals = Arrivals(3)
+    gone = [arrivals.add(client[0], client) for client in ("a1", "b1", "a2", "c1", "b2")]
+    assert gone == [None, None, None, "a1", "b1"]
+
+
+def test_clients_are_bounded_by_the_files_that_may_be_open() -> None:
+    assert Clients(Memory(SIZE), 10).most == 10
+    assert Clients(Memory(SIZE), 100_000).most == int(SIZE * 0.75) // CONNECTION

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -134,7 +135,14 @@ class Client:
 class Door:
     """A server in a process of its own."""
 
-    def __init__(self, root: str, workers: int, limit: int, settings: dict[str, float]) -> None:
+    def __init__(
+        self,
+        root: str,
+        settings: dict[str, float],
+        workers: int = 1,
+        limit: int = LIMIT,
+        files: int = 4096,
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port: int = free.getsockname()[1]
         arguments = [str(self.port), str(workers), root, str(limit)]
@@ -145,6 +153,7 @@ class Door:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             process_group=0,
             text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files)),
         )
         eventually(self._listens, 20)
 
@@ -218,8 +227,10 @@ def start(root: str) -> Iterator[Start]:
     """Start a server for one test: start(workers, CONSTANT=value)."""
     with ExitStack() as doors:
 
-        def begin(workers: int = 1, limit: int = LIMIT, **settings: float) -> Door:
-            door = Door(root, workers, limit, settings)
+        def begin(
+            workers: int = 1, limit: int = LIMIT, files: int = 4096, **settings: float
+        ) -> Door:
+            door = Door(root, settings, workers, limit, files)
             doors.callback(door.kill)
             return door
 
@@ -229,7 +240,7 @@ def start(root: str) -> Iterator[Start]:
 @pytest.fixture(scope="module")
 def door(root: str) -> Iterator[Door]:
     """Return a server with its own constants, for the tests that leave it as it is."""
-    door = Door(root, 1, LIMIT, {})
+    door = Door(root, {})
     yield door
     door.kill()
 
@@ -237,7 +248,7 @@ def door(root: str) -> Iterator[Door]:
 @pytest.fixture(scope="module")
 def hasty(root: str) -> Iterator[Door]:
     """Return a server with little patience."""
-    door = Door(root, 1, LIMIT, {"CLIENT_TIMEOUT": 0.5})
+    door = Door(root, {"CLIENT_TIMEOUT": 0.5})
     yield door
     door.kill()
 
@@ -540,7 +551,7 @@ def test_what_a_refused_client_still_sends_keeps_nobody_waiting() -> None:
 
     handler: Any = Handler.__new__(Handler)
     handler.socket = line = Line()
-    handler.server = SimpleNamespace(clients=Clients(Memory(MIB)))
+    handler.server = SimpleNamespace(clients=Clients(Memory(MIB), 1))
     handler.address = ""
     seen: list[int] = []
     gevent.spawn(lambda: seen.append(line.received))
@@ -589,6 +600,14 @@ def test_clients_who_keep_a_door_waiting_make_room_for_others(start: Start, data
             assert door.ask("/")[0] == 200
         assert clients[0].let_go(), "who came first and did nothing is still there"
     eventually(lambda: door.ask("/")[1]["held"] < MIB)
+
+
+def test_clients_make_room_for_others_when_no_more_files_may_be_open(start: Start) -> None:
+    door = start(files=256)
+    with ExitStack() as stack:
+        flood(stack, door, b"")
+        for _ in range(5):
+            assert door.ask("/", seconds=1)[0] == 200
 
 
 def test_a_body_counts_as_it_arrives(door: Door) -> None:
