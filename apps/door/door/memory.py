@@ -5,12 +5,13 @@ that are not taken yet) asks first. What is not granted is refused with 503 befo
 before a message leaves its queue.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from gevent import sleep
+from gevent import sleep, spawn_later
 from gevent.event import Event
 from werkzeug.exceptions import ServiceUnavailable
 
@@ -28,6 +29,11 @@ PATIENCE = 1.0
 RETRY_AFTER = 1
 # Requests that wait for memory at a time; further ones are refused at once.
 MAX_WAITING = 32
+# Bytes that were given back, and seconds afterwards, when the heap's holes go back to the system:
+# else what thousands of small bodies left would come on top of the large ones that follow.
+TRIM, TRIM_DELAY = 16 * MIB, 0.5
+
+LIBC = ctypes.CDLL(None)
 
 
 class OutOfMemory(ServiceUnavailable):
@@ -51,6 +57,9 @@ class Memory:
         self._promised = 0
         self._freed = Event()
         self._waiting = 0
+        # The most that was held since the heap was trimmed, and whether it will be soon.
+        self._peak = 0
+        self._trimming = False
 
     @classmethod
     def of(cls, limit: int, processes: int = 1, reserve: int = 0) -> Self:
@@ -95,11 +104,21 @@ class Memory:
 
     def give(self, amount: int) -> None:
         """Take back amount bytes that were held."""
+        self._peak = max(self._peak, self.held)
         self.held -= amount
+        if self._peak - self.held > TRIM and not self._trimming:
+            self._trimming = True
+            spawn_later(TRIM_DELAY, self._trim)
         if self._promised:
             self._promised = max(0, self._promised - amount)
         if self._waiting:
             self._freed.set()
+
+    def _trim(self) -> None:
+        """Return the free pages of the heap to the system, where the C library can: glibc."""
+        self._peak, self._trimming = self.held, False
+        if hasattr(LIBC, "malloc_trim"):
+            LIBC.malloc_trim(0)
 
     def grant(self) -> "Grant":
         """Return a grant of nothing, to grow as its owner needs."""

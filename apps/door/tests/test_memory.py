@@ -1,6 +1,8 @@
 """What a process holds for its clients, and what happens when that is all it has."""
 
+import os
 import time
+from pathlib import Path
 
 import gevent
 import pytest
@@ -146,3 +148,24 @@ def test_who_came_first_of_the_address_with_the_most_arrivals_makes_room() -> No
 def test_clients_are_bounded_by_the_files_that_may_be_open() -> None:
     assert Clients(Memory(SIZE), 10).most == 10
     assert Clients(Memory(SIZE), 100_000).most == int(SIZE * 0.75) // CONNECTION
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_small_bodies_took_goes_back_to_the_system() -> None:
+    memory = Memory(256 * MIB)
+    with memory.grant() as grant:
+        grant.add(100 * MIB)
+        bodies = [bytes(50_000) for _ in range(2000)]
+        # What stays among them keeps the heap from shrinking by itself.
+        stays = bodies[:: len(bodies) // 20]
+        full = resident()
+        del bodies
+    deadline = time.monotonic() + 5
+    while resident() > full - 60 * MIB and time.monotonic() < deadline:
+        gevent.sleep(0.05)
+    assert full - resident() > 60 * MIB
+    assert len(stays) == 20
