@@ -6,6 +6,7 @@ before a message leaves its queue.
 """
 
 import ctypes
+import gc
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -115,8 +116,12 @@ class Memory:
             self._freed.set()
 
     def _trim(self) -> None:
-        """Return the free pages of the heap to the system, where the C library can: glibc."""
+        """Return the free pages of the heap to the system, where the C library can: glibc.
+
+        What ended connections left in cycles is freed first.
+        """
         self._peak, self._trimming = self.held, False
+        gc.collect()
         if hasattr(LIBC, "malloc_trim"):
             LIBC.malloc_trim(0)
 
