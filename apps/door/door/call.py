@@ -31,6 +31,10 @@ class Client(Protocol):
     """What the server knows of the client of a request."""
 
     @property
+    def address(self) -> str:
+        """Where it is; empty where that is unknown."""
+
+    @property
     def socket(self) -> socket | None:
         """Its connection; None where there is none, as in a test."""
 
@@ -50,6 +54,7 @@ class Client(Protocol):
 class _Nobody:
     """The client of a request that came without the server."""
 
+    address = ""
     socket = None
     waiting = nullcontext()
     let_go = False

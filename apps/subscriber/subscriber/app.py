@@ -88,7 +88,7 @@ class Subscriber:
             abort(400, "ack must be auto or manual.")
         kind = choose(call.header("Accept"), many=most > 0)
         asked = time.perf_counter()
-        deliveries = self._broker.get(wait=wait)
+        deliveries = self._broker.get(wait=wait, address=call.client.address)
         if wait:
             call.event.waited = time.perf_counter() - asked
         if not deliveries:
@@ -110,7 +110,8 @@ class Subscriber:
             room = self._settings.max_batch_bytes - deliveries[0].size
             # More for a client that may have left would keep them from the others.
             if room > 0 and not shows(call.client.socket, SENDS_NO_MORE):
-                deliveries = deliveries + self._broker.get(most - 1, room)
+                more = self._broker.get(most - 1, room, address=call.client.address)
+                deliveries = deliveries + more
         except BaseException:
             self._batches.release()
             self._broker.release(deliveries)

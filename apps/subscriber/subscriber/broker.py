@@ -60,7 +60,7 @@ class Burst:
 
 
 class Broker(Link):
-    """Messages of one queue, in the order of sending, for requests in the order of asking.
+    """Messages of one queue, in the order of sending, for requests in turns (Line).
 
     One is fetched by basic.get, whose empty answer is the only sign of an empty queue. Many come
     in a burst, at a fifth of the broker's work: a consumer with a prefetch of just so many, which
@@ -95,8 +95,12 @@ class Broker(Link):
         self._last_ack = 0.0
         self._finishing = False
 
-    def get(self, want: int = 1, room: float = math.inf, wait: float = 0) -> list[Delivery]:
+    def get(
+        self, want: int = 1, room: float = math.inf, wait: float = 0, address: str = ""
+    ) -> list[Delivery]:
         """Return at most want messages, together of at most room bytes as lines of JSON.
+
+        Requests of several addresses get theirs in turns.
 
         An empty list means that the queue was empty, for wait seconds. For each of them, ack(),
         release() or reject() must follow; after ack() and reject(), its close(). Raises
@@ -107,7 +111,7 @@ class Broker(Link):
         if self.channel is None:
             raise BrokerUnavailable("not connected to the broker")
         wait = 0 if self._finishing else wait
-        waiter = Waiter(want, room, patient=wait > 0)
+        waiter = Waiter(want, room, patient=wait > 0, address=address)
         self._line.serve(waiter)
         if not waiter.done.is_set():
             self._stand_in_line(waiter, wait)

@@ -17,6 +17,8 @@ class Waiter:
     room: float
     # Whether it goes on waiting although the queue is empty, while it has nothing.
     patient: bool
+    # Where its client is.
+    address: str = ""
     # Its place in the line.
     number: int = 0
     # Gets sent before it joined: an empty answer to one of those says nothing to it.
@@ -42,10 +44,42 @@ class Waiter:
         return fits
 
 
-class Line:
-    """Requests in the order of asking, or else messages in the order of the queue.
+class Turns:
+    """Requests whose addresses take turns; those of one address are in the order of asking."""
 
-    Nobody waits while a message is held here, because requests take from those first.
+    def __init__(self) -> None:
+        """Begin without any."""
+        # The address whose turn it is comes first.
+        self._lines: dict[str, dict[int, Waiter]] = {}
+
+    def add(self, waiter: Waiter) -> None:
+        """Let waiter be the last of its address."""
+        self._lines.setdefault(waiter.address, {})[waiter.number] = waiter
+
+    def remove(self, waiter: Waiter) -> None:
+        """Forget waiter, if it is here; its address has had its turn."""
+        line = self._lines.get(waiter.address, {})
+        if line.pop(waiter.number, None):
+            del self._lines[waiter.address]
+            if line:
+                self._lines[waiter.address] = line
+
+    def first(self) -> Waiter | None:
+        """Return whose turn it is, if there is anybody."""
+        for line in self._lines.values():
+            return next(iter(line.values()))
+        return None
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._lines.clear()
+
+
+class Line:
+    """Requests in turns, or else messages in the order of the queue.
+
+    So an address with hundreds of requests keeps another one waiting for one of them. Nobody waits
+    while a message is held here, because requests take from those first.
     """
 
     def __init__(self) -> None:
@@ -57,6 +91,7 @@ class Line:
         # By their numbers, in the order of asking.
         self._impatient: dict[int, Waiter] = {}
         self._patient: dict[int, Waiter] = {}
+        self._turns = Turns()
         self._arrived = 0
 
     @property
@@ -74,6 +109,7 @@ class Line:
         """Let waiter wait at the end of the line; since is how many gets were sent before."""
         self._arrived += 1
         waiter.number, waiter.since = self._arrived, since
+        self._turns.add(waiter)
         if waiter.patient:
             self._patient[waiter.number] = waiter
         else:
@@ -82,6 +118,7 @@ class Line:
 
     def leave(self, waiter: Waiter) -> None:
         """Let waiter wait no more."""
+        self._turns.remove(waiter)
         self._patient.pop(waiter.number, None)
         if self._impatient.pop(waiter.number, None):
             self.wanted -= waiter.missing
@@ -99,7 +136,7 @@ class Line:
 
     def hand_out(self, delivery: Delivery) -> None:
         """Give delivery to the first who has room for it, or hold it for the next to come."""
-        while waiter := self._first():
+        while waiter := self._turns.first():
             missing = waiter.missing
             taken = waiter.take(delivery)
             if not waiter.patient:
@@ -131,16 +168,10 @@ class Line:
         for delivery in lost:
             delivery.close()
         self._held.clear()
+        self._turns.clear()
         self._impatient.clear()
         self._patient.clear()
         self.wanted = 0
-
-    def _first(self) -> Waiter | None:
-        """Return who asked first, if anybody."""
-        one, other = _first(self._impatient), _first(self._patient)
-        if one and other:
-            return one if one.number < other.number else other
-        return one or other
 
 
 def _first(line: dict[int, Waiter]) -> Waiter | None:

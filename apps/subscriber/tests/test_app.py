@@ -59,7 +59,10 @@ class FakeBroker:
         self._tag = 0
         self._bodies: dict[int, bytes] = {}
 
-    def get(self, want: int = 1, room: float = 1e99, wait: float = 0) -> list[Delivery]:
+    def get(
+        self, want: int = 1, room: float = 1e99, wait: float = 0, *, address: str
+    ) -> list[Delivery]:
+        assert address == ""
         self.asked.append((want, wait))
         self.rooms.append(room)
         if not self.up:
@@ -134,7 +137,7 @@ def response(
     """Ask for a message and return the response's body as a WSGI server gets it."""
     environ = create_environ(path, headers={"X-Request-Id": "mine", **headers})
     if near:
-        environ[CLIENT] = SimpleNamespace(socket=near, grant=MEMORY.grant())
+        environ[CLIENT] = SimpleNamespace(address="", socket=near, grant=MEMORY.grant())
     return app(environ, lambda *_: lambda _: None)
 
 

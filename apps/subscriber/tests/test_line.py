@@ -14,8 +14,10 @@ def delivery(tag: int) -> Delivery:
     return Delivery(tag, b"x", BasicProperties(), channel)
 
 
-def enter(line: Line, want: int = 1, patient: bool = False, room: float = math.inf) -> Waiter:
-    waiter = Waiter(want, room, patient)
+def enter(
+    line: Line, want: int = 1, patient: bool = False, room: float = math.inf, address: str = ""
+) -> Waiter:
+    waiter = Waiter(want, room, patient, address)
     line.serve(waiter)
     if not waiter.done.is_set():
         line.enter(waiter, since=0)
@@ -34,6 +36,28 @@ def test_who_came_first_is_served_first_whether_patient_or_not() -> None:
         line.hand_out(delivery(tag))
     assert [tags(waiter) for waiter in waiters] == [[0], [1], [2], [3]]
     assert (line.wanted, line.patient) == (0, 0)
+
+
+def test_addresses_take_turns_however_many_requests_one_has() -> None:
+    line = Line()
+    many = [enter(line, address="many") for _ in range(4)]
+    batch = enter(line, want=2, address="batch")
+    poll = enter(line, patient=True, address="poll")
+    for tag in range(7):
+        line.hand_out(delivery(tag))
+    # A request keeps its turn until it has what it wants.
+    assert [tags(waiter) for waiter in (*many, batch, poll)] == [[0], [4], [5], [6], [1, 2], [3]]
+    assert (line.wanted, line.patient) == (0, 0)
+
+
+def test_who_leaves_takes_no_turn_of_others() -> None:
+    line = Line()
+    first, second, other = (enter(line, address=name) for name in ("a", "a", "b"))
+    line.leave(first)
+    for tag in range(2):
+        line.hand_out(delivery(tag))
+    assert sorted(tags(second) + tags(other)) == [0, 1]
+    assert tags(first) == []
 
 
 def test_what_nobody_waits_for_is_held_in_the_queue_s_order() -> None:
