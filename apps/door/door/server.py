@@ -514,8 +514,7 @@ def _work(
         memory,
         log=None,
         error_log=logging.getLogger("door.http"),
-        # Else the server asks the DNS for its own name before it starts. One process of many
-        # takes one client at a time, so that they share them.
+        # Else the server asks the DNS for its own name before it starts.
         environ={"SERVER_NAME": name, "wsgi.multiprocess": slot is not None},
     )
     stop = Event()
