@@ -67,7 +67,7 @@ class Queue:
     def up(self) -> bool:
         return CHANCE.random() < 0.5
 
-    def get(self, want: int = 1, room: float = 0, wait: float = 0) -> list[Delivery]:  # noqa: ARG002
+    def get(self, want: int = 1, *_: object, **__: object) -> list[Delivery]:
         if CHANCE.random() < 0.1:
             raise BrokerUnavailable("The broker is away.")
         return [self.message() for _ in range(min(want, CHANCE.randrange(4)))]
