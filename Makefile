@@ -34,11 +34,9 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# Molecule, which mostly waits, beside what computes. It brings the engine before the others ask for one. The bare machine, where
-# `make up` has a time to keep, comes when the host is free.
+# One after the other: many of these tests measure times. A failure does not keep the next ones from running.
 test: .venv/.test
-	@log=$$(mktemp); trap 'rm -f $$log' EXIT; nice $(MAKE) lint unit > $$log 2>&1 & rest=$$!; $(MAKE) molecule; status=$$?; \
-	wait $$rest || status=$$?; $(MAKE) test-bare >> $$log 2>&1 || status=$$?; cat $$log; exit $$status
+	$(MAKE) --keep-going lint unit molecule test-bare
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
