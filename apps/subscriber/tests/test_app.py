@@ -41,6 +41,7 @@ GETS = ("/receive", "/dead")
 # A query brings a request to Flask; the usual one without is answered before it.
 PATHS = ("/receive", "/receive?wait=0")
 MEMORY = Memory(2**40)
+ADDRESS = "192.0.2.1"
 
 
 class FakeBroker:
@@ -50,6 +51,7 @@ class FakeBroker:
         self.properties = BasicProperties()
         self.asked: list[tuple[int, float]] = []  # with most messages and seconds
         self.rooms: list[float] = []
+        self.addresses: list[str] = []
         self.acked: list[bytes] = []
         self.released: list[bytes] = []
         self.rejected: list[tuple[bytes, bool]] = []
@@ -62,7 +64,7 @@ class FakeBroker:
     def get(
         self, want: int = 1, room: float = 1e99, wait: float = 0, *, address: str
     ) -> list[Delivery]:
-        assert address == ""
+        self.addresses.append(address)
         self.asked.append((want, wait))
         self.rooms.append(room)
         if not self.up:
@@ -137,7 +139,7 @@ def response(
     """Ask for a message and return the response's body as a WSGI server gets it."""
     environ = create_environ(path, headers={"X-Request-Id": "mine", **headers})
     if near:
-        environ[CLIENT] = SimpleNamespace(address="", socket=near, grant=MEMORY.grant())
+        environ[CLIENT] = SimpleNamespace(address=ADDRESS, socket=near, grant=MEMORY.grant())
     return app(environ, lambda *_: lambda _: None)
 
 
@@ -496,6 +498,15 @@ def test_a_client_that_left_while_it_waited_keeps_no_more_messages_from_others(
     response(app, "/receive?max=9", near).close()
     assert broker.asked == [(1, 0)]
     assert broker.released == [b"a"]
+
+
+def test_a_request_waits_under_its_client_s_address(
+    app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    broker.queue = [b"a", b"b"]
+    response(app, "/receive?max=2", ends[0]).close()
+    # For the first message, and for those behind it.
+    assert broker.addresses == [ADDRESS, ADDRESS]
 
 
 def test_a_client_that_read_everything_and_left_has_its_message(
