@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 INVENTORY ?= inventory/local.yml
 ARGS ?=
+# Ansible itself passes by the configuration of a folder that others may write to.
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
 # Ansible needs a UTF-8 locale, which a bare machine has not chosen yet.
 export LC_ALL := C.UTF-8
 export PATH := $(CURDIR)/.venv/bin:$(PATH)

@@ -95,3 +95,9 @@ def test_every_relative_link_leads_to_a_file() -> None:
         if "://" not in target and not (path.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_every_pattern_of_a_value_ends_where_the_value_does() -> None:
+    # $ matches before a last newline, too.
+    loose = found(r"""(pattern: |match\(|'match', )['"].*\$['"]""")
+    assert [line for line in loose if line.startswith(("roles/", "playbooks/"))] == []

@@ -1,6 +1,7 @@
 """What the preflight says of bad values, collected by one run."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,45 @@ CASES = [
     ),
     ({"stack_name": "third"}, ["network third", "stack_name"]),
     ({"stack_name": "No/Name"}, ["stack_name", "No/Name"]),
+    ({"stack_name": "name\n"}, ["stack_name is name", "lower-case"]),
+    (
+        {"stack_bind_address": "localhost", "stack_queue": "a b"},
+        ["stack_bind_address is localhost;", "IPv4", "stack_queue is a b;"],
+    ),
+    ({"stack_bind_address": "127.evil"}, ["stack_bind_address is 127.evil;"]),
+    ({"stack_bind_address": "::1"}, ["stack_bind_address is ::1;"]),
+    (
+        {"monitoring_exporter_env": {"A;touch /tmp/x": "1"}},
+        ["monitoring_exporter_env", "A;touch /tmp/x", "letters, digits"],
+    ),
+    (
+        {"refused_environment": {"DOCKER_HOST": "unix:///run/second.sock"}},
+        ["asks unix:///run/second.sock", "unset DOCKER_HOST"],
+    ),
+    (
+        {
+            "refused_by": [],
+            "refused_engine": {
+                "DockerRootDir": "/var/lib/docker/1.1",
+                "SecurityOptions": ["name=seccomp,profile=default", "name=userns"],
+            },
+        },
+        ["maps users", "name=userns", "userns-remap"],
+    ),
+    (
+        {
+            "refused_by": [],
+            "refused_engine": {
+                "DockerRootDir": "/var/lib/containers/storage",
+                "SecurityOptions": [],
+            },
+        },
+        ["Podman"],
+    ),
+    (
+        {"stack_secrets_dir": str(INVENTORY.parent / "bad/secrets")},
+        ["bad/secrets/empty", "bad/secrets/half.lockfile", "bad/secrets/foreign", "chown"],
+    ),
     ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
     ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
     (
@@ -209,13 +249,19 @@ def port_5999(stack: Stack) -> Iterator[None]:
 
 @contextmanager
 def bad_files() -> Iterator[None]:
-    """A rule file and a scrape file that Prometheus cannot read."""
+    """Rules and scrapes that Prometheus cannot read, and passwords that nobody can use."""
     rule = {"alert": "TooEarly", "expr": "time() <"}
     scrape = {"job_name": "bad", "scrape_intervall": "1s"}
     folder = INVENTORY.parent / "bad"
     folder.mkdir(exist_ok=True)
     (folder / "bad-rules.yml").write_text(json.dumps({"groups": [{"name": "b", "rules": [rule]}]}))
     (folder / "bad-scrape.yml").write_text(json.dumps({"scrape_configs": [scrape]}))
+    passwords = {"empty": "", "half": "x", "half.lockfile": "x", "foreign": "x"}
+    for name, text in passwords.items():
+        (folder / "secrets").mkdir(exist_ok=True)
+        (folder / "secrets" / name).write_text(text)
+        (folder / "secrets" / name).chmod(0o600)
+    os.chown(folder / "secrets/foreign", 1, 1)
     yield
     shutil.rmtree(folder)
 

@@ -1,7 +1,9 @@
 """What the README promises, on a machine that has nothing but git, make and Python.
 
-The machine is a container of Debian without an engine; PID 1 is not systemd. The steps build on
-each other, in the order of this file. KEEP=1 leaves the machine for a look inside.
+The machine is a container of Debian without an engine; PID 1 is not systemd. It is one of the less
+usual ones: nobody may read what is made there (umask 077), the project lies in a folder with a
+space that everybody may write to, and its engine logs to Fluentd unless it is told otherwise.
+The steps build on each other, in the order of this file. KEEP=1 leaves the machine for a look.
 """
 
 import json
@@ -18,8 +20,11 @@ import pytest
 from readme import follow, walkthrough
 
 ROOT = Path(__file__).parents[2]
-PROJECT = "/root/project"
-CHECK = "LC_ALL=C.UTF-8 .venv/bin/ansible-playbook --check --diff playbooks/site.yml"
+PROJECT = "/root/a project"
+UMASK = "umask 077"
+DAEMON = {"log-driver": "fluentd"}
+PLAYBOOK = "ANSIBLE_CONFIG=ansible.cfg LC_ALL=C.UTF-8 .venv/bin/ansible-playbook"
+CHECK = f"{PLAYBOOK} --check --diff playbooks/site.yml"
 PULLED = ("debian:", "rabbitmq:", "prom/", "fluent/")
 SERVICES = (
     "fluentd",
@@ -65,9 +70,9 @@ class Machine:
 
     def attempt(self, command: str, timeout: int = 60) -> subprocess.CompletedProcess[str]:
         """Run command in the project's folder; the limit is inside, where it ends children too."""
-        inside = ["timeout", "--kill-after=5", str(timeout), "bash", "-c", command]
+        inside = ["timeout", "--kill-after=5", str(timeout), "bash", "-c"]
         return subprocess.run(
-            ["docker", "exec", "--workdir", PROJECT, self.name, *inside],
+            ["docker", "exec", "--workdir", PROJECT, self.name, *inside, f"{UMASK}; {command}"],
             capture_output=True,
             text=True,
             check=False,
@@ -139,6 +144,11 @@ def machine(images: dict[str, str]) -> Iterator[Machine]:
         host("docker", "exec", name, "mkdir", PROJECT)
         unpack = ("tar", "--extract", "--no-same-owner", f"--directory={PROJECT}")
         host("docker", "exec", "--interactive", name, *unpack, stdin=tree.stdout)
+        host("docker", "exec", name, "chmod", "--recursive", "go=", PROJECT)
+        host("docker", "exec", name, "chmod", "o+w", PROJECT)
+        daemon = shlex.quote(json.dumps(DAEMON))
+        write = f"mkdir /etc/docker && echo {daemon} > /etc/docker/daemon.json"
+        host("docker", "exec", name, "bash", "-c", write)
         yield Machine(name)
     finally:
         if os.environ.get("KEEP") != "1":
