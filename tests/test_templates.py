@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -195,26 +196,46 @@ def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
     assert re.fullmatch(r"/\\A\((\w+\|)*\w+\)\\z/", match)
 
 
-def test_pruning_keeps_the_newest_file_and_forgets_broken_chunks_too(
-    rendered: Rendered, tmp_path: Path
-) -> None:
-    script = rendered.first["fluentd/prune.sh"].replace("/fluentd/log", "$LOGS")
-    old = 1_767_225_600  # 2026-01-01
-    ages = {"alerts.20260101.log": old, "broken.b1.log": old, "broken.b1.log.meta": old}
-    ages |= {"buffer.b2.log": old, "notes": old, "rabbitmq.20260102.log": None, "x.1.log": None}
-    for name, age in ages.items():
-        path = tmp_path / name
+def prune(rendered: Rendered, folder: Path, files: dict[str, tuple[int, int]]) -> list[str]:
+    """Make files, each of an age in seconds and a size in MiB; return what pruning leaves."""
+    now = time.time()
+    for name, (age, size) in files.items():
+        path = folder / name
         path.touch()
-        if age:
-            os.utime(path, (age, age))
-    os.truncate(tmp_path / "rabbitmq.20260102.log", 2 << 30)
-    os.utime(tmp_path / "rabbitmq.20260102.log", (2**32, 2**32))
-    (tmp_path / "x.1.log").write_text("after")
-    subprocess.run(["sh", "-c", script], env={**os.environ, "LOGS": str(tmp_path)}, check=True)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left[:2] == ["buffer.b2.log", "notes"]
-    assert re.fullmatch(r"rabbitmq\.20260102\.\d{6}\.log", left[2])
-    assert left[3:] == []
+        os.truncate(path, size << 20)
+        os.utime(path, (now - age, now - age))
+    script = rendered.first["fluentd/prune.sh"].replace("/fluentd/log", "$LOGS")
+    subprocess.run(["sh", "-c", script], env={**os.environ, "LOGS": str(folder)}, check=True)
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_old_is_pruned_and_broken_chunks_too(rendered: Rendered, tmp_path: Path) -> None:
+    old, new = (15 * 86400, 1), (10, 1)
+    files = {"alerts.20260101.log": old, "broken.b1.log": old, "broken.b1.log.meta": old}
+    kept = {"buffer.b2.log": old, "notes": old, "rabbitmq.20260102.log": new}
+    assert prune(rendered, tmp_path, files | kept) == sorted(kept)
+
+
+def test_a_flood_costs_no_other_service_a_line(rendered: Rendered, tmp_path: Path) -> None:
+    # The limit is 256 MiB, of which a tenth stays free.
+    others = {f"{name}.20260101.log": (9000, 12) for name in ("publisher", "subscriber", "other")}
+    others["alerts.20260101.log"] = (9999, 30)
+    flood = {f"rabbitmq.20260102.00000{n}.log": (100 - n, 30) for n in range(9)}
+    left = prune(rendered, tmp_path, others | flood)
+    assert [name for name in left if not name.startswith("rabbitmq")] == sorted(others)
+    # 66 MiB are the others', and 230 are allowed.
+    assert [name for name in left if name.startswith("rabbitmq")] == list(flood)[-5:]
+
+
+def test_also_the_newest_file_is_cut(rendered: Rendered, tmp_path: Path) -> None:
+    files = {"x.20260101.log": (5, 1), "rabbitmq.20260102.log": (0, 2000)}
+    assert prune(rendered, tmp_path, files) == ["x.20260101.log"]
+
+
+def test_an_eighth_of_the_alerts_does_not_count(rendered: Rendered, tmp_path: Path) -> None:
+    alerts = {f"alerts.20260101.00000{n}.log": (100 - n, 25) for n in range(5)}
+    others = {f"exporter.20260101.00000{n}.log": (50 - n, 25) for n in range(5)}
+    assert prune(rendered, tmp_path, alerts | others) == sorted([*alerts, *list(others)[1:]])
 
 
 def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(

@@ -59,7 +59,7 @@ class Collector:
         text = text.replace("/fluentd/log", str(self.folder)).replace("0.0.0.0", "127.0.0.1")
         text = text.replace("24224", str(self.port)).replace("9880", str(self.http_port))
         text = text.replace("port 24220", f"port {self.monitor_port}")
-        text = text.replace("run_interval 60s", "run_interval 0.2s")
+        text = text.replace("run_interval 2s", "run_interval 0.2s")
         text = text.replace("sh /fluentd/etc/prune.sh", "true")
         self.config.write_text(text.replace("flush_interval 5s", "flush_interval 0.3s"))
         self.process: subprocess.Popen[bytes] | None = None

@@ -33,7 +33,7 @@ def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> N
     assert forward == ForwardSource("", "0.0.0.0", 24224, 1 << 20)
     assert http == HttpSource("", "0.0.0.0", 9880, 1 << 20)
     assert monitor == MonitorSource("", "0.0.0.0", 24220)
-    assert command == ExecSource("@FLUENT_LOG", "fluent.prune", "sh /fluentd/etc/prune.sh", 60.0)
+    assert command == ExecSource("@FLUENT_LOG", "fluent.prune", "sh /fluentd/etc/prune.sh", 2.0)
     known, other = config.matches[""]
     assert isinstance(known, FileMatch)
     assert isinstance(other, FileMatch)
@@ -57,7 +57,7 @@ def test_the_roles_configuration_is_known(tmp_path: Path, fluent_conf: str) -> N
         ("@id files", "@id a.b/c", "@id must be a word, not 'a.b/c'"),
         ("@id other", "@id files", "<match **>: @id files is another section's too"),
         ("bind 0.0.0.0", "@id other", "line 5: <source>: @id other is another section's too"),
-        ("run_interval 60s", "", "<source>: run_interval must be given"),
+        ("run_interval 2s", "", "<source>: run_interval must be given"),
         ("@label @FLUENT_LOG\n", "@label @OTHER\n", "@label @OTHER has no <label @OTHER>"),
         ("<parse>", "<prase>", "</parse> ends no section"),
         ("  <parse>\n    @type none\n  </parse>", "", "needs <parse>"),
