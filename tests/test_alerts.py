@@ -17,6 +17,7 @@ CASES = sorted((ROOT / "tests/alerts").glob("*.yml"))
 CONFIG = "alertmanager/alertmanager.yml"
 # What RabbitMQ's plugin tells by the same names and labels from 4.0 to 4.3.
 PLUGIN = {
+    "process_start_time_seconds",
     "rabbitmq_alarms_free_disk_space_watermark",
     "rabbitmq_alarms_memory_used_watermark",
     "rabbitmq_auth_attempts_failed_total",
@@ -41,6 +42,7 @@ DOORS = {
     "http_requests_total",
 }
 FLUENTD = {
+    "fluentd_output_status_emit_records",
     "fluentd_output_status_buffer_available_space_ratio",
     "fluentd_output_status_retry_count",
     "fluentd_up",
@@ -240,6 +242,28 @@ def test_amtool_takes_the_configuration_with_and_without_receivers_of_the_user_s
     assert done.stdout.count("SUCCESS") == 2
 
 
+def test_amtool_takes_the_nights_that_the_documentation_shows(
+    images: dict[str, str], tmp_path: Path
+) -> None:
+    text = (ROOT / "docs/alerts.md").read_text()
+    shown = next(each for each in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "night" in each)
+    (tmp_path / "t.tmpl").write_text('{{ define "own" }}{{ .Status }}{{ end }}')
+    own = {
+        "monitoring_alertmanager_receivers": [TEAM],
+        "monitoring_alertmanager_global": {"resolve_timeout": "7m"},
+        "monitoring_alertmanager_templates": [str(tmp_path / "*.tmpl")],
+        **yaml.safe_load(shown),
+    }
+    files = {"a.yml": render(tmp_path, **own)[CONFIG], "templates/t.tmpl": "{{ broken"}
+    done = run_in(images["alertmanager"], files, "amtool check-config a.yml")
+    assert "t.tmpl" in done.stdout, "the templates are not read"
+    del files["templates/t.tmpl"]
+    done = run_in(images["alertmanager"], files, "amtool check-config a.yml")
+    assert done.returncode == 0, done.stdout
+    ask = "amtool config routes test --config.file=a.yml severity=low 2>/dev/null"
+    assert run_in(images["alertmanager"], files, ask).stdout.split() == ["team,log"]
+
+
 @pytest.mark.parametrize(
     ("labels", "default", "team"),
     [
@@ -270,7 +294,9 @@ def test_a_notification_is_sent_to_fluentd_when_it_begins_and_when_it_ends(
     assert config["receivers"] == [
         {
             "name": "log",
-            "webhook_configs": [{"url": "http://fluentd:9880/alerts", "send_resolved": True}],
+            "webhook_configs": [
+                {"url": "http://fluentd:9880/alerts", "send_resolved": True, "max_alerts": 200}
+            ],
         }
     ]
     fluentd = rendered.first["fluentd/fluent.conf"]

@@ -1,6 +1,7 @@
 """A door's metrics, summed over all workers of its container."""
 
 import os
+import time
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -27,6 +28,16 @@ BROKER_UP = Gauge(
     "1 while every worker of this door holds an open connection to the broker",
     multiprocess_mode="livemin",
 )
+# Of several workers the newest's: one that is replaced over and over is seen, too. prometheus_client
+# itself tells it of a single process.
+if DIRECTORY in os.environ:
+    START = Gauge(
+        "process_start_time_seconds",
+        "When the newest worker of this door was started, in seconds since 1970",
+        multiprocess_mode="livemax",
+        registry=None,
+    )
+    START.set(time.time())
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
