@@ -246,7 +246,9 @@ def test_amtool_takes_the_nights_that_the_documentation_shows(
     images: dict[str, str], tmp_path: Path
 ) -> None:
     text = (ROOT / "docs/alerts.md").read_text()
-    shown = next(each for each in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "night" in each)
+    shown = next(
+        each for each in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "night" in each
+    )
     (tmp_path / "t.tmpl").write_text('{{ define "own" }}{{ .Status }}{{ end }}')
     own = {
         "monitoring_alertmanager_receivers": [TEAM],

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,12 +18,30 @@ import pytest
 
 PROGRAM = Path(__file__).parents[1] / "roles/backup/files/archive.py"
 ABOUT = {"stack_name": "broker", "host": "broker1", "node": "rabbit@broker1", "time": "now"}
+
+
+def data(*members: tuple[str, bytes, bytes, int]) -> bytes:
+    """Return a tar as the role makes of a folder: of members by name, kind, content and mode."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, kind, content, mode in (("./", tarfile.DIRTYPE, b"", 0o755), *members):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode, entry.size = kind, mode, len(content)
+            entry.linkname = "x" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            tar.addfile(entry, io.BytesIO(content))
+    return raw.getvalue()
+
+
+def plain(name: str, content: bytes) -> tuple[str, bytes, bytes, int]:
+    return name, tarfile.REGTYPE, content, 0o640
+
+
 CONTENTS = {
     "definitions.json": b"{}",
-    "rabbitmq.tar": bytes(range(256)) * 40,
-    "prometheus.tar": b"p" * 512,
+    "rabbitmq.tar": data(plain("./log", bytes(range(256)) * 40), plain("./" + "x" * 200, b"y")),
+    "prometheus.tar": data(plain("./wal", b"p" * 512)),
     "alertmanager.tar": b"",
-    "state.tar": b"s" * 513,
+    "state.tar": data(plain("./version", b"s" * 513)),
     "secrets/rabbitmq_admin": b"secret\n",
     "secrets/salt": b"salt\n",
 }
@@ -168,7 +187,7 @@ def test_a_flipped_byte_anywhere_is_refused_or_changes_nothing(
 def test_a_changed_member_is_refused_though_gzip_is_content(
     refused: Callable[[bytes], str],
 ) -> None:
-    changed = CONTENTS | {"rabbitmq.tar": CONTENTS["rabbitmq.tar"][::-1]}
+    changed = CONTENTS | {"rabbitmq.tar": CONTENTS["rabbitmq.tar"].replace(b"abc", b"abd", 1)}
     assert "a rabbitmq.tar that is not what was packed" in refused(
         tarred([manifest(CONTENTS), *changed.items()])
     )
@@ -182,7 +201,7 @@ def test_an_archive_in_another_order_is_refused(refused: Callable[[bytes], str])
     members = list(CONTENTS.items())
     assert "begins with 'definitions.json'" in refused(tarred([*members, manifest(CONTENTS)]))
     swapped = [manifest(CONTENTS), members[1], members[0], *members[2:]]
-    assert "'rabbitmq.tar' of 10240 bytes where its manifest says" in refused(tarred(swapped))
+    assert "'rabbitmq.tar' of 20480 bytes where its manifest says" in refused(tarred(swapped))
 
 
 def test_a_member_that_is_missing_or_added_is_refused(refused: Callable[[bytes], str]) -> None:
@@ -235,6 +254,53 @@ def test_whatever_is_no_regular_file_is_refused(
         entry.type, entry.linkname = kind, "/etc/passwd"
         tar.addfile(entry)
     assert "which is no regular file" in refused(raw.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (("./su", tarfile.REGTYPE, b"x", 0o4755), "'./su' in its rabbitmq.tar"),
+        (("./sg", tarfile.DIRTYPE, b"", 0o2755), "'./sg' in its rabbitmq.tar"),
+        (("./disk", tarfile.BLKTYPE, b"", 0o600), "no plain file and no folder"),
+        (("./link", tarfile.SYMTYPE, b"", 0o600), "no plain file and no folder"),
+        (("./hard", tarfile.LNKTYPE, b"", 0o600), "no plain file and no folder"),
+        (("./pipe", tarfile.FIFOTYPE, b"", 0o600), "no plain file and no folder"),
+        (("./" + "y" * 300, tarfile.SYMTYPE, b"", 0o600), "yyy' in its rabbitmq.tar"),
+        (("/etc/cron.d/x", tarfile.REGTYPE, b"x", 0o600), "leads elsewhere"),
+        (("./a/../../x", tarfile.REGTYPE, b"x", 0o600), "leads elsewhere"),
+        (("../" + "z" * 300, tarfile.REGTYPE, b"x", 0o600), "leads elsewhere"),
+    ],
+)
+def test_data_are_plain_files_and_folders(
+    refused: Callable[[bytes], str], member: tuple[str, bytes, bytes, int], said: str
+) -> None:
+    # Behind another one, whose content looks like a header.
+    inner = data(plain("./first", data(plain("./x", b"x" * 5000))), member)
+    members = CONTENTS | {"rabbitmq.tar": inner}
+    assert said in refused(tarred([manifest(members), *members.items()]))
+
+
+def test_what_gnu_tar_makes_of_any_folder_of_data_is_taken(archives: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    (folder / "deep" / ("d" * 120) / ("e" * 120)).mkdir(parents=True)
+    (folder / "deep" / ("d" * 120) / ("e" * 120) / "file").write_bytes(os.urandom(3000))
+    (folder / "empty").touch()
+    with (folder / "holes").open("wb") as file:
+        for place in range(60):
+            file.seek(place * 1_000_000)
+            file.write(b"x" * 5000)
+    packed = tmp_path / "data.tar"
+    command = ["tar", "--create", "--sparse", "--numeric-owner", f"--file={packed}"]
+    subprocess.run([*command, f"--directory={folder}", "."], check=True)
+    content = packed.read_bytes()
+    assert content.count(b"./holes") == 1
+    for size in (1, 511, 512, 10_000, len(content)):
+        reader = archives.Data("rabbitmq.tar")
+        for start in range(0, len(content), size):
+            reader.take(content[start : start + size])
+    members = CONTENTS | {"rabbitmq.tar": content}
+    (tmp_path / "good.tar.gz").write_bytes(tarred([manifest(members), *members.items()]))
+    archives.read(tmp_path / "good.tar.gz")
 
 
 @pytest.mark.parametrize(
