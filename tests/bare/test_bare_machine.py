@@ -409,12 +409,15 @@ def test_make_backup_packs_all_and_lets_the_containers_go_on(
     assert json.loads(machine.run(f"seq --format='\"%.0f\"' 1000 | {send}")) == {"sent": 1000}
     containers = "docker ps --all --quiet --no-trunc"
     before = machine.run(containers)
+    # What runs is packed when the rest does not.
+    machine.run("docker stop broker-alertmanager")
     output = timed(machine, seconds, "backup", "make backup", 120)
     still = re.search(r"stood\s+still\s+for\s+(\d+)\s+s", output)
     assert still, output[-2000:]
     say(f"make backup: {seconds['backup']:.0f} s, the broker stood still for {still[1]} of them")
     assert machine.run(containers) == before
-    assert len(machine.run("docker ps --quiet --filter health=healthy").split()) == len(SERVICES)
+    healthy = machine.run("docker ps --quiet --filter health=healthy").split()
+    assert len(healthy) == len(SERVICES) - 1
     for port in (5000, 5001):
         machine.run(f"curl --fail --silent 'http://localhost:{port}/healthz?ready'")
     modes = machine.run("stat --format=%a backups backups/*; ls --almost-all backups /var/tmp")
