@@ -4,6 +4,11 @@ import base64
 import copy
 import hashlib
 import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +227,24 @@ def test_what_is_there_is_not_missing_and_the_base_only_where_something_stands_o
     assert missing("base", "own") == ["app"]
     planned = plan(registry="r:5")
     assert missing("own") == ["app"]
+
+
+def test_a_run_is_gone_when_its_process_is_and_only_its_own_machine_can_tell(
+    filters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, gone = filters["preflight_owner"], filters["preflight_gone"]
+    mine = owner("make up")
+    assert re.fullmatch(rf"make up by process {os.getppid()} on {socket.gethostname()}", mine)
+    assert gone(mine), "this very run may go on"
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert gone(f"make up by process 1 on {socket.gethostname()}"), "process 1 is another program"
+    command = [sys.executable, "-c", "print(flush=True); input()", "ansible"]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-3) as child:
+        assert child.stdout
+        child.stdout.readline()
+        alive = f"make up by process {child.pid} on {socket.gethostname()}"
+        assert not gone(alive)
+        assert not gone(f"{alive}-other"), "only the other machine can tell"
+    assert gone(alive)
+    assert not gone("")
+    assert not gone("something else")

@@ -424,6 +424,39 @@ def test_make_backup_packs_all_and_lets_the_containers_go_on(
     assert re.fullmatch(r"700\n600\n/var/tmp:\n\nbackups:\nbroker-broker1-\S+Z[.]tar[.]gz\n", modes)
 
 
+def test_what_a_killed_backup_leaves_is_nothing_frozen_and_goes_with_the_next(
+    machine: Machine,
+) -> None:
+    # Much to copy, so that the broker stands still for a while.
+    volume = machine.run("docker volume inspect --format '{{.Mountpoint}}' broker-prometheus")
+    padding = f"{volume.strip()}/padding"
+    machine.run(f"head --bytes=2G /dev/urandom > {padding}", 120)
+    paused = "docker ps --quiet --filter status=paused"
+    machine.run(
+        f"(setsid make backup & echo $!) > /root/pid 2>&1;"
+        f' until [ "$({paused})" ]; do sleep 0.2; done;'
+        " kill -9 -- -$(head --lines=1 /root/pid)",
+        90,
+    )
+    machine.run(f'until [ -z "$({paused})" ]; do sleep 0.2; done', 60)
+    machine.run(f"rm {padding}")
+    assert machine.run("ls /var/tmp").startswith("broker-backup.")
+    machine.run("until curl --fail --silent 'localhost:5000/healthz?ready'; do sleep 1; done", 30)
+    assert "changed" in machine.run("make backup", 120)
+    assert machine.run("ls /var/tmp") == ""
+    machine.run("rm backups/$(ls backups | head --lines=1)")
+
+
+def test_two_runs_do_not_change_one_stack(machine: Machine) -> None:
+    lock = "/run/message-broker-stack-broker.lock"
+    machine.run(f"ln --symbolic 'make up by process 1 on elsewhere' {lock}")
+    for command in "make up", "make down", "make backup", "make clean":
+        done = machine.attempt(command, 60)
+        assert done.returncode != 0
+        assert "make up by process 1 on elsewhere" in done.stdout + done.stderr
+    machine.run(f"rm {lock}")
+
+
 def test_make_restore_refuses_what_is_no_archive_and_changes_nothing(machine: Machine) -> None:
     # From here on it is a new host, but for the images: to build them again takes minutes.
     machine.run("docker ps --all --quiet | xargs docker rm --force")
