@@ -141,6 +141,34 @@ def test_what_was_changed_is_missing(
     assert filters["rabbitmq_missing"](WANTED, found) == [name]
 
 
+OWN = {"name": "own", "vhost": "/", "priority": 1000, "apply-to": "quorum_queues", "pattern": ".*"}
+
+
+@pytest.mark.parametrize(
+    ("change", "overruled"),
+    [
+        ({}, ["takeaway: other"]),
+        ({"priority": 1000}, ["takeaway: other"]),
+        ({"priority": 999}, []),
+        ({"apply-to": "all"}, ["takeaway: other"]),
+        ({"apply-to": "classic_queues"}, []),
+        ({"pattern": "^take"}, ["takeaway: other"]),
+        ({"pattern": "^away"}, []),
+        # Perl knows \K, Python does not.
+        ({"pattern": "take\\Kaway"}, ["takeaway: other"]),
+        ({"vhost": "another"}, []),
+        ({"name": "own"}, []),
+    ],
+)
+def test_a_policy_in_the_place_of_the_stack_s_is_told(
+    filters: Any, found: Any, change: dict[str, Any], overruled: list[str]
+) -> None:
+    other = {**OWN, "name": "other", "priority": 1001, "apply-to": "queues", **change}
+    found["policies"] = [OWN, other]
+    assert filters["rabbitmq_overruled"](WANTED | {"policies": [OWN]}, found) == overruled
+    assert filters["rabbitmq_overruled"](WANTED | {"policies": [OWN]}, {}) == []
+
+
 @pytest.fixture
 def plan(filters: Any, tmp_path: Path) -> Any:
     """Return a function that plans the images of a tree that a test may change."""

@@ -385,9 +385,12 @@ def test_the_next_make_up_repairs_what_was_removed_and_takes_back_what_it_is_giv
     admin = "curl --fail --silent --user admin:$(cat inventory/.secrets/broker/rabbitmq_admin)"
     binding = f"{admin} localhost:15672/api/bindings/%2F/e/takeaway-in/q/takeaway/takeaway"
     machine.run(f"{binding} --request DELETE && {ctl} delete_user subscriber")
+    machine.run(f"{ctl} set_policy --priority 2000 foreign '.*' '{{\"max-length\": 9}}'")
     machine.run("docker rm --force broker-rabbitmq")
     output = machine.run("make up", 180)
+    machine.run(f"{ctl} clear_policy foreign")
     assert "(item=users subscriber, permissions subscriber, bindings takeaway)" in output
+    assert "takeaway: foreign, takeaway.dead: foreign" in " ".join(output.split())
     machine.run(binding)
     after = starts(machine)
     assert {name for name in after if after[name] == before[name]} == {"fluentd", "exporter"}

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from typing import Any
 
 Definitions = dict[str, list[dict[str, Any]]]
@@ -36,6 +37,35 @@ def rabbitmq_missing(wanted: Definitions, found: Definitions) -> list[str]:
     return missing
 
 
+def rabbitmq_overruled(wanted: Definitions, found: Definitions) -> list[str]:
+    """Return which queues of wanted obey a policy that is not wanted's: "takeaway: everything".
+
+    found is as GET /api/definitions answers. On a queue only the policy with the highest priority
+    acts; of two with the same the broker takes any.
+    Source: https://www.rabbitmq.com/docs/policies#combining-policy-definitions
+    """
+    own = {policy["name"] for policy in wanted["policies"]}
+    least = min(policy["priority"] for policy in wanted["policies"])
+    return [
+        f"{queue['name']}: {policy['name']}"
+        for queue in wanted["queues"]
+        for policy in found.get("policies", [])
+        if policy["vhost"] == queue["vhost"]
+        and policy["name"] not in own
+        and policy["priority"] >= least
+        and policy["apply-to"] in ("all", "queues", "quorum_queues")
+        and _may_match(policy["pattern"], queue["name"])
+    ]
+
+
+def _may_match(pattern: str, name: str) -> bool:
+    """Return whether name matches; a pattern of Perl's that Python does not know may match."""
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return True
+
+
 def rabbitmq_erlang_args(memory: int) -> str:
     """Return the arguments of Erlang by which a broker comes back in a container of memory bytes.
 
@@ -57,5 +87,6 @@ class FilterModule:
         return {
             "rabbitmq_password_hash": rabbitmq_password_hash,
             "rabbitmq_missing": rabbitmq_missing,
+            "rabbitmq_overruled": rabbitmq_overruled,
             "rabbitmq_erlang_args": rabbitmq_erlang_args,
         }
