@@ -43,6 +43,17 @@ def test_passwords_lie_where_only_their_owner_reads_them(stack: Stack) -> None:
     assert files == ""
 
 
+def test_configurations_and_logs_are_read_by_the_stack_s_group_alone(stack: Stack) -> None:
+    folders = "/etc/message-broker-stack", stack.vars["fluentd_log_dir"]
+    files = stack.run("find %s %s -type f -printf '%%m %%g\\n'", *folders)
+    assert set(files.splitlines()) == {"640 message-broker-stack"}
+    # Nobody's of the host, by its number or its name.
+    assert stack.run("stat --format '%%a %%U %%G' %s", folders[1]).split()[::2] == [
+        "750",
+        "message-broker-stack",
+    ]
+
+
 def test_each_stack_has_an_erlang_cookie_of_its_own(stack: Stack) -> None:
     image = stack.inspect("rabbitmq")["Config"]["Image"]
     assert (

@@ -233,6 +233,10 @@ def _buffer_path(value: str) -> str:
 Schema = dict[str, tuple[Read, str | None]]
 
 _PORT = _whole(1, 65535)
+_SYSTEM: Schema = {
+    "file_permission": (_only("0640"), None),
+    "dir_permission": (_only("0750"), None),
+}
 _FORWARD: Schema = {
     "bind": (_text, "0.0.0.0"),
     "port": (_PORT, "24224"),
@@ -399,9 +403,12 @@ class _Check:
 
     def config(self, root: Section) -> Config:
         self._values(root, {})
-        sources, matches = [], {_ROOT: self._matches(root, "source", "filter", "label")}
-        for section in self._sections(root, "source", "filter", "match", "label"):
-            if section.name == "source":
+        sources, matches = [], {_ROOT: self._matches(root, "system", "source", "filter", "label")}
+        for section in self._sections(root, "system", "source", "filter", "match", "label"):
+            if section.name == "system":
+                self._values(section, _SYSTEM)
+                self._children(section)
+            elif section.name == "source":
                 sources.append((section, self._source(section)))
             elif section.name == "filter":
                 self._filter(section)

@@ -85,7 +85,7 @@ class Chunk:
                 "m": self.modified,
             }
         )
-        file = os.open(self.meta, os.O_WRONLY | os.O_CREAT, 0o644)
+        file = os.open(self.meta, os.O_WRONLY | os.O_CREAT, 0o640)
         try:
             write_all(file, _META_HEAD + len(body).to_bytes(4, "big") + body)
         finally:
@@ -251,7 +251,7 @@ class Store:
         chunk = Chunk(self._path("b", chunk_id), chunk_id, key, 0, 0, now, now)
         chunk.due = time.monotonic() + self._match.buffer.flush_interval
         self._folder.mkdir(parents=True, exist_ok=True)
-        chunk.file = os.open(chunk.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        chunk.file = os.open(chunk.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
         try:
             chunk.write_meta()
         except OSError:
@@ -354,7 +354,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         with chunk.path.open("rb", buffering=0) as source:
             # Opened for each flush: somebody may rename or delete it in between.
-            file = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            file = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
             try:
                 before = os.fstat(file).st_size
                 try:

@@ -432,4 +432,4 @@ def test_a_disk_that_refuses_bytes_costs_nothing_acknowledged(stopped: Collector
 def test_files_are_readable_by_others(collector: Collector) -> None:
     collector.send("rabbitmq", 0, {"n": 1}, ACK)
     collector.wait_for(lambda: numbers(collector, "rabbitmq") == [1])
-    assert os.stat(collector.file("rabbitmq")).st_mode & 0o777 == 0o644
+    assert os.stat(collector.file("rabbitmq")).st_mode & 0o777 == 0o640

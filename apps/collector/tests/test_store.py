@@ -56,7 +56,7 @@ def test_a_flush_appends_to_the_days_file_and_leaves_nothing_behind(tmp_path: Pa
     store.flush_all()
     assert target(tmp_path).read_bytes() == b"zero\none\n"
     assert target(tmp_path, "alerts").read_bytes() == b"two\n"
-    assert target(tmp_path, "alerts").stat().st_mode & 0o777 == 0o644
+    assert target(tmp_path, "alerts").stat().st_mode & 0o777 == 0o640
     assert len(list(tmp_path.iterdir())) == 2
 
 
