@@ -4,6 +4,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -141,19 +142,43 @@ def test_without_fluentd_everything_starts_and_works(stack: Stack) -> None:
     )
 
 
-@pytest.fixture
-def writers(stack: Stack) -> Iterator[list[str]]:
-    """Three containers that log as the stack's do, 20 lines a second."""
+@contextmanager
+def containers(stack: Stack, *scripts: str) -> Iterator[list[str]]:
+    """Containers that run scripts and log as the stack's do, by their names."""
     like = stack.inspect("publisher")
     options = like["HostConfig"]["LogConfig"]["Config"]
+    names = [f"writer-{secrets.token_hex(4)}" for _ in scripts]
+    try:
+        for name, script in zip(names, scripts, strict=True):
+            log = [f"--log-opt={key}={value}" for key, value in (options | {"tag": name}).items()]
+            command = ["--init", "--entrypoint", "sh", like["Config"]["Image"], "-c", script]
+            stack.docker("run", "--detach", "--name", name, "--log-driver=fluentd", *log, *command)
+        yield names
+    finally:
+        stack.docker("rm", "--force", *names)
+
+
+def test_a_long_line_is_one_line_beside_another_one(stack: Stack) -> None:
+    def script(letter: str) -> str:
+        line = f"head --bytes=50000 /dev/zero | tr '\\0' {letter}"
+        return f"while :; do {line}; echo; sleep 0.1; done"
+
+    with containers(stack, script("x"), script("y")) as names:
+
+        def found() -> list[tuple[str, str]]:
+            lines = [line.split("\t", 2) for line in stack.lines("other")]
+            return [(tag, json.loads(record)["log"]) for _, tag, record in lines if tag in names]
+
+        eventually(lambda: len(found()) > 20, 30, "the lines are in a file")
+        assert set(found()) == {(names[0], "x" * 50_000), (names[1], "y" * 50_000)}
+
+
+@pytest.fixture
+def writers(stack: Stack) -> Iterator[list[str]]:
+    """Three containers that say 20 lines a second."""
     script = "i=0; while :; do echo line $i; i=$((i+1)); sleep 0.05; done"
-    names = [f"writer-{secrets.token_hex(4)}" for _ in range(3)]
-    for name in names:
-        log = [f"--log-opt={key}={value}" for key, value in (options | {"tag": name}).items()]
-        command = ["--init", "--entrypoint", "sh", like["Config"]["Image"], "-c", script]
-        stack.docker("run", "--detach", "--name", name, "--log-driver=fluentd", *log, *command)
-    yield names
-    stack.docker("rm", "--force", *names)
+    with containers(stack, *[script] * 3) as names:
+        yield names
 
 
 def test_no_line_is_lost_while_fluentd_is_away_or_killed(stack: Stack, writers: list[str]) -> None:

@@ -89,6 +89,8 @@ async def serve(config: Config) -> None:
             async with asyncio.timeout(_TICK):
                 await stop.wait()
         limits.tick()
+        for router in routers.values():
+            router.write_given_up()
         for store in stores:
             store.tick()
 
@@ -101,6 +103,8 @@ async def serve(config: Config) -> None:
     for client in list(limits.clients):
         client.close()
     await asyncio.gather(*tasks, return_exceptions=True)
+    for router in routers.values():
+        router.write_given_up(patience=0)
     for store in stores:
         store.close()
     log.info("stopped")

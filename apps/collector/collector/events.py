@@ -1,5 +1,6 @@
 """Events on their way from an input to the matches of their tag, as finished lines."""
 
+import contextlib
 import json
 import math
 import re
@@ -12,7 +13,9 @@ import msgpack
 
 from collector import log
 from collector.config import DAY, SUBSECONDS, FileMatch, Match, Pattern, StdoutMatch
-from collector.store import Key, Store
+from collector.parts import PATIENCE, Event, Parts
+from collector.parts import Key as LineKey
+from collector.store import Key, Refused, Store
 
 # Bytes of lines that one message may become: a long tag is repeated in each of them.
 MOST_LINES = 64 << 20
@@ -23,9 +26,6 @@ _BATCH = 1 << 20
 
 # What msgpack makes of a byte that is no UTF-8, and JSON of an escape that is half a pair.
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-# Seconds since 1970 in UTC, nanoseconds, record.
-Event = tuple[int, int, dict[Any, Any]]
 
 
 class Malformed(ValueError):  # noqa: N818 - said to a peer in one line
@@ -197,6 +197,7 @@ class Router:
             for match in matches
         ]
         self.stores = [out.store for _, out in self._routes if isinstance(out, FileOutput)]
+        self.parts = Parts()
         self._known: dict[str, tuple[Output | None, str]] = {}
         self._seldom = log.Seldom()
 
@@ -215,6 +216,16 @@ class Router:
                 self._known[tag] = found
         return found
 
+    def write_given_up(self, patience: float = PATIENCE) -> None:
+        """Write what there is of lines whose next part did not come for patience seconds."""
+        for key, event in self.parts.given_up(patience):
+            batch = Batch(self)
+            # What is refused stays for the next time.
+            with contextlib.suppress(Malformed, Refused):
+                batch.add(key[0], [event])
+                batch.write()
+                self.parts.forget([key])
+
 
 class Batch:
     """The lines of what one read of a connection brought, written together."""
@@ -224,6 +235,8 @@ class Batch:
         self._router = router
         self._lines: dict[tuple[Output, Key], list[bytes]] = {}
         self._size = 0
+        # Lines that were put together.
+        self._whole: list[LineKey] = []
 
     def add(self, tag: str, events: Iterable[Event]) -> None:
         """Add one message's events, all or none; Malformed or Refused when that does not work."""
@@ -232,7 +245,12 @@ class Batch:
             return
         added: list[tuple[Key, bytes]] = []
         size = 0
-        for event in events:
+        for part in events:
+            event, whole = self._router.parts.take(tag, part)
+            if whole:
+                self._whole.append(whole)
+            if event is None:
+                continue
             line = output.line(label, event)
             added.append((output.key(tag, event[0]), line))
             size += len(line)
@@ -247,5 +265,7 @@ class Batch:
     def write(self) -> None:
         """Write all lines: once this returns they survive a kill -9. Refused: some may not."""
         lines, self._lines, self._size = self._lines, {}, 0
+        whole, self._whole = self._whole, []
         for (output, key), some in lines.items():
             output.write(key, some)
+        self._router.parts.forget(whole)

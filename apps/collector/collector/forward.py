@@ -12,7 +12,7 @@ import msgpack
 
 from collector import log
 from collector.config import DAY
-from collector.events import Batch, Event, EventTime, Malformed, Router, now, unpack_options
+from collector.events import Batch, EventTime, Malformed, Router, now, unpack_options
 from collector.limits import Limits
 from collector.store import Refused
 

@@ -378,3 +378,93 @@ def test_the_most_values_fit_a_legitimate_message(peer: Peer) -> None:
     assert LONGEST * 0.8 < len(message) < LONGEST
     assert peer.send(message) == [{"ack": "c"}]
     assert forward_module.MOST_VALUES == 1_000_000
+
+
+def part(line: str, ordinal: int, text: str, last: bool = False, container: str = "c") -> bytes:
+    record = {
+        "log": text,
+        "container_id": container,
+        "partial_message": "true",
+        "partial_id": line,
+        "partial_ordinal": str(ordinal),
+        "partial_last": "true" if last else "false",
+    }
+    return pack("app", TIME, record, {"chunk": f"{line}{ordinal}"})
+
+
+def logs(peer: Peer) -> list[str]:
+    records = [json.loads(line.split(b"\t", 2)[2]) for line in peer.lines()]
+    assert not [name for one in records for name in one if name.startswith("partial_")]
+    return [one["log"] for one in records]
+
+
+def test_a_line_that_docker_cut_is_one_again_beside_those_of_others(peer: Peer) -> None:
+    acks = peer.send(
+        part("x", 1, "a" * 16384),
+        part("y", 1, "1" * 16384, container="d"),
+        part("x", 2, "b" * 16384),
+        pack("app", TIME, {"log": "short", "container_id": "c"}, {"chunk": "short"}),
+        part("y", 2, "2", last=True, container="d"),
+        # As after an acknowledgement that was lost.
+        part("x", 2, "b" * 16384),
+        part("x", 3, "c", last=True),
+    )
+    assert [one["ack"] for one in acks] == ["x1", "y1", "x2", "short", "y2", "x2", "x3"]
+    x, y = "a" * 16384 + "b" * 16384 + "c", "1" * 16384 + "2"
+    assert logs(peer) == ["short", y, x]
+    assert peer.lines()[2].startswith(b"2026-11-24T12:00:00.821+00:00\tapp\t")
+
+
+def test_a_last_part_that_is_refused_may_come_again(peer: Peer) -> None:
+    peer.send(part("x", 1, "a"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("collector.store.MOST_CHUNKS", 0)
+        assert peer.send(part("x", 2, "b", last=True)) == [{"ack": "x1"}]
+    assert peer.wire.closed
+    peer.connect()
+    assert peer.send(part("x", 2, "b", last=True)) == [{"ack": "x2"}]
+    assert logs(peer) == ["ab"]
+    peer.router.write_given_up(patience=0)
+    assert logs(peer) == ["ab"]
+
+
+def test_a_line_whose_last_part_does_not_come_is_written_with_what_there_is(peer: Peer) -> None:
+    peer.send(part("x", 1, "a"), part("x", 2, "b"))
+    peer.router.write_given_up()
+    assert logs(peer) == []
+    peer.router.write_given_up(patience=0)
+    assert logs(peer) == ["ab"]
+
+
+def test_an_endless_line_is_written_in_long_pieces(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collector.parts.LONGEST_LINE", 3)
+    peer.send(*(part("x", ordinal, str(ordinal)) for ordinal in range(1, 9)))
+    assert logs(peer) == ["123", "456"]
+
+
+def test_beyond_the_memory_for_unfinished_lines_parts_are_written_as_they_come(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collector.parts.MOST_HELD", 10)
+    peer.send(part("x", 1, "a" * 8), part("y", 1, "b" * 8), part("x", 2, "c", last=True))
+    found = [json.loads(line.split(b"\t", 2)[2]) for line in peer.lines()]
+    assert [one["log"] for one in found] == ["b" * 8, "a" * 8 + "c"]
+    assert found[0]["partial_id"] == "y"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partial_ordinal": 1},
+        {"partial_ordinal": "-1"},
+        {"partial_ordinal": "1" * 5000},
+        {"log": None},
+        {"partial_message": True},
+    ],
+)
+def test_what_only_resembles_a_part_is_written_as_it_is(peer: Peer, change: dict[str, Any]) -> None:
+    record = {"log": "a", "partial_message": "true", "partial_ordinal": "1"} | change
+    peer.send(pack("app", TIME, record))
+    assert [json.loads(line.split(b"\t", 2)[2]) for line in peer.lines()] == [record]
