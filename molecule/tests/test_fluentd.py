@@ -173,6 +173,16 @@ def test_a_long_line_is_one_line_beside_another_one(stack: Stack) -> None:
         assert set(found()) == {(names[0], "x" * 50_000), (names[1], "y" * 50_000)}
 
 
+def test_the_last_word_of_a_door_that_cannot_start_is_in_a_file(stack: Stack) -> None:
+    with containers(stack, *["exec python3 -m publisher"] * 5) as names:
+
+        def told() -> set[str]:
+            lines = [line.split("\t", 2) for line in stack.lines("other")]
+            return {tag for _, tag, record in lines if "publisher: RABBITMQ_" in record}
+
+        eventually(lambda: told() >= set(names), 20, "each has said what is missing")
+
+
 @pytest.fixture
 def writers(stack: Stack) -> Iterator[list[str]]:
     """Three containers that say 20 lines a second."""

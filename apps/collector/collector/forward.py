@@ -14,6 +14,7 @@ from collector import log
 from collector.config import DAY
 from collector.events import Batch, EventTime, Malformed, Router, now, unpack_options
 from collector.limits import Limits
+from collector.parts import Event
 from collector.store import Refused
 
 # Values in one message; each takes up to 72 bytes of memory however few it took on the wire.

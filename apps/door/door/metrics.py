@@ -28,8 +28,8 @@ BROKER_UP = Gauge(
     "1 while every worker of this door holds an open connection to the broker",
     multiprocess_mode="livemin",
 )
-# Of several workers the newest's: one that is replaced over and over is seen, too. prometheus_client
-# itself tells it of a single process.
+# Of several workers the newest's: one that is replaced over and over is seen, too. Of a single
+# process prometheus_client itself tells it.
 if DIRECTORY in os.environ:
     START = Gauge(
         "process_start_time_seconds",

@@ -1,9 +1,10 @@
 """The environment's promises."""
 
+import time
 from pathlib import Path
 
 import pytest
-from door.environment import ConfigError, Environment
+from door.environment import LAST_WORDS, ConfigError, Environment, leave
 
 
 @pytest.mark.parametrize("variables", [{}, {"NAME": ""}])
@@ -50,3 +51,14 @@ def test_a_useless_secret_file_stops_the_start_by_name(
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=f"S_FILE={path}"):
         Environment({"S_FILE": str(path)}).secret("S")
+
+
+@pytest.mark.parametrize(("text", "status", "said"), [("x: no", 1, "x: no\n"), ("", 0, "")])
+def test_who_leaves_says_why_and_leaves_time_to_take_it(
+    capfd: pytest.CaptureFixture[str], text: str, status: int, said: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        leave(text)
+    assert (end.value.code, capfd.readouterr().err) == (status, said)
+    assert time.monotonic() - started >= LAST_WORDS

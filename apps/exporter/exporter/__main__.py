@@ -5,11 +5,10 @@ import json
 import logging
 import os
 import signal
-import sys
 from datetime import UTC, datetime
 
 from aiohttp import web
-from door.environment import ConfigError
+from door.environment import ConfigError, leave
 
 from exporter import __version__
 from exporter.app import create_app
@@ -73,7 +72,8 @@ def main() -> None:
         configure_log(settings)
         asyncio.run(serve(settings))
     except ConfigError as error:
-        sys.exit(f"exporter: {error}")
+        leave(f"exporter: {error}")
+    leave()
 
 
 if __name__ == "__main__":

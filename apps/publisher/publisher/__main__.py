@@ -1,9 +1,8 @@
 """Serve the publisher until SIGTERM: `python3 -m publisher`."""
 
-import sys
 from typing import TYPE_CHECKING
 
-from door.environment import ConfigError, Environment
+from door.environment import ConfigError, Environment, leave
 from door.memory import Memory
 from door.server import Application, serve
 
@@ -18,7 +17,7 @@ def main() -> None:
     try:
         settings = Settings.read(Environment())
     except ConfigError as error:
-        sys.exit(f"publisher: {error}")
+        leave(f"publisher: {error}")
 
     def make(_memory: Memory) -> tuple[Application, "Broker"]:
         # Not before: the first process would count in the metrics as one that never connects.
@@ -29,6 +28,7 @@ def main() -> None:
         return create_app(settings, broker), broker
 
     serve("publisher", make, settings.port, settings.memory, settings.workers)
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Serve the subscriber until SIGTERM: `python3 -m subscriber`."""
 
-import sys
-
-from door.environment import ConfigError, Environment
+from door.environment import ConfigError, Environment, leave
 from door.memory import Memory
 from door.server import Application, serve
 
@@ -16,7 +14,7 @@ def main() -> None:
     try:
         settings = Settings.read(Environment())
     except ConfigError as error:
-        sys.exit(f"subscriber: {error}")
+        leave(f"subscriber: {error}")
 
     def make(memory: Memory) -> tuple[Application, Broker]:
         broker = Broker(settings, memory)
@@ -24,6 +22,7 @@ def main() -> None:
 
     # A message is there as frames and as a body for a moment.
     serve("subscriber", make, settings.port, settings.memory_limit, reserve=2 * LARGEST_MESSAGE)
+    leave()
 
 
 if __name__ == "__main__":
