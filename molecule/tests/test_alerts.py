@@ -232,6 +232,18 @@ def restore_memory(stack: Stack) -> None:
     ctl("set_vm_memory_high_watermark", "absolute", stack.watermark())(stack)
 
 
+def restart_the_exporter_three_times(stack: Stack) -> None:
+    """Restart it, each time once Prometheus has seen the process of the time before."""
+
+    def started() -> list[float]:
+        return [*stack.query('process_start_time_seconds{job="exporter"}').values()]
+
+    for _ in range(3):
+        before = started()
+        stack.docker("restart", stack.container("exporter"))
+        eventually(lambda last=before: started() not in ([], last), 30, "it is scraped")
+
+
 def container(action: str, service: str) -> Callable[[Stack], object]:
     """Return what stops, kills or starts the service's container."""
     return lambda stack: stack.docker(action, stack.container(service))
@@ -259,6 +271,8 @@ BROKER = [
         lambda stack: ctl("set_disk_free_limit", stack.vars["rabbitmq_disk_free_limit"])(stack),
     ),
 ]
+# It ends ten minutes later: no test waits for that.
+RESTARTS = Drill("Restarting", restart_the_exporter_three_times, labels={"job": "exporter"})
 EXPORTER = Drill(
     "TargetDown", container("kill", "exporter"), container("start", "exporter"), {"job": "exporter"}
 )
@@ -324,7 +338,9 @@ def drills(stack: Stack, browser: Browser, refusals: Future[dict[str, str]]) -> 
     run.cause(EXPORTER)
     run.wait("firing", EXPORTER)
     run.cure(EXPORTER)
+    run.cause(RESTARTS)
     run.wait("resolved", *BROKER, EXPORTER)
+    run.wait("firing", RESTARTS)
 
     # What cannot be told while Fluentd is away is told afterwards.
     lines = len(stack.lines("alerts"))
@@ -358,6 +374,11 @@ def test_a_failure_is_told_and_so_is_its_end(drill: Drill) -> None:
     assert drill.seconds.keys() == {"firing", "resolved"}
 
 
+@pytest.mark.usefixtures("drills")
+def test_what_is_restarted_over_and_over_is_told() -> None:
+    assert RESTARTS.seconds.keys() == {"firing"}
+
+
 def test_a_stopped_broker_is_one_notification_and_so_is_its_start(drills: dict[str, Any]) -> None:
     assert drills["fired"] >= {"RabbitMQDown", "TargetDown", "DoorDisconnected"}
     assert drills["told"] == [("RabbitMQDown", "firing"), ("RabbitMQDown", "resolved")]
@@ -366,7 +387,7 @@ def test_a_stopped_broker_is_one_notification_and_so_is_its_start(drills: dict[s
 
 
 def test_nothing_is_told_that_has_no_cause(drills: dict[str, Any]) -> None:
-    assert drills["alerts"] == {drill.alert for drill in DRILLS}
+    assert drills["alerts"] == {drill.alert for drill in [*DRILLS, RESTARTS]}
 
 
 def test_the_drills_take_less_than_5_minutes(
@@ -374,7 +395,7 @@ def test_the_drills_take_less_than_5_minutes(
 ) -> None:
     with capsys.disabled():
         print(f"\n  {len(DRILLS)} drills: {drills['seconds']:.0f} s")
-        for drill in DRILLS:
+        for drill in [*DRILLS, RESTARTS]:
             print(
                 f"    {drill.alert}: "
                 + ", ".join(f"{k} {v:.0f} s" for k, v in drill.seconds.items())
