@@ -224,10 +224,33 @@ def test_check_mode_passes_on_an_empty_machine_and_changes_nothing(
     assert machine.attempt("command -v dockerd").stdout == ""
 
 
+# Holds what locks the packages until an apt-get has waited for it; says so, and goes.
+HOLD = """
+import fcntl, pathlib, time
+lock = open("/var/lib/dpkg/lock-frontend", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("locked", flush=True)
+def waits(process):
+    try:
+        return b"apt-get\\0install" in (process / "cmdline").read_bytes()
+    except OSError:
+        return False
+while not any(waits(process) for process in pathlib.Path("/proc").glob("[0-9]*")):
+    time.sleep(0.1)
+time.sleep(3)
+"""
+
+
 def test_make_up_brings_the_stack_up_from_nothing(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
+    hold = f"timeout 300 python3 -c {shlex.quote(HOLD)}"
+    machine.run(f"({hold} > /root/locked 2>&1 &); until [ -s /root/locked ]; do sleep 0.1; done")
     output = timed(machine, seconds, "up", "make up", 600)
+    assert re.search(
+        r"Waiting for it, at most 600 s: .* held by process \d+ \(python3\)",
+        " ".join(output.split()),
+    )
     cold = seconds["venv"] + seconds["up"]
     say(f"cold make up: {cold:.0f} s, {seconds['venv']:.0f} of them for the tools")
     shown = table(output)
