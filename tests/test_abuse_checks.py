@@ -29,6 +29,11 @@ def test_who_is_cut_off_by_the_case_itself_is_no_problem() -> None:
     assert len(meanwhile((0, 0.1), (0, 0.1)).problems(kills=1)) == 1
 
 
+def test_a_post_that_is_refused_while_the_broker_has_an_alarm_is_no_problem() -> None:
+    assert meanwhile((201, 0.2), (503, 0.1)).problems(alarms=1) == []
+    assert len(meanwhile((201, 0.2), (500, 0.1)).problems(alarms=1)) == 1
+
+
 def test_a_container_that_lives_on_is_no_problem() -> None:
     assert changed({"subscriber": WELL}, {"subscriber": WELL}) == []
 
