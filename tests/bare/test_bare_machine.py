@@ -353,13 +353,15 @@ def starts(machine: Machine) -> dict[str, str]:
     return {name.removeprefix("/broker-"): when for name, _, when in lines}
 
 
-def test_make_down_keeps_messages_and_passwords_for_the_next_make_up_which_takes_own_files(
+def test_make_down_keeps_all_for_the_next_make_up_which_starts_the_engine_and_takes_own_files(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
     for number in range(3):
         machine.run(f"curl --fail --silent --data 'message=kept {number}' localhost:5000/data")
     timed(machine, seconds, "down", "make down", 120)
     assert machine.run("docker ps --all --quiet") == ""
+    stop = "pid=$(cat /run/docker.pid) && kill $pid && while [ -d /proc/$pid ]; do sleep 0.1; done"
+    machine.run(stop)
 
     changed = "inventory/.secrets/broker/rabbitmq_publisher"
     old = machine.run(f"cat {changed}").strip()
@@ -372,6 +374,8 @@ def test_make_down_keeps_messages_and_passwords_for_the_next_make_up_which_takes
         machine, seconds, "back", 'make up ARGS="-v --diff --extra-vars=@own/vars.yml"', 180
     )
     say(f"make down: {seconds['down']:.0f} s, make up after it: {seconds['back']:.0f} s")
+    assert "Start the engine where no service manager runs" in output
+    assert "Install docker.io" not in output
     assert machine.run("head --verbose inventory/.secrets/broker/rabbitmq_*") == passwords
     password = machine.run("cat inventory/.secrets/broker/http").strip()
     shown = output + machine.run("docker inspect $(docker ps --quiet)")
