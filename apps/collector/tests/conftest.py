@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ TEMPLATE = ROOT / "roles/fluentd/templates/fluentd/fluent.conf.j2"
 TAGS = "rabbitmq|publisher|subscriber|exporter|prometheus|alertmanager|alerts"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+        return [stack.enter_context(server).getsockname()[1] for server in servers]
 
 
 @pytest.fixture(scope="session")
@@ -53,12 +54,12 @@ class Collector:
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT / "apps/collector")}
         self.folder = folder / "log"
         self.folder.mkdir()
-        self.port, self.http_port, self.monitor_port = free_port(), free_port(), free_port()
+        self.port, self.http_port, self.monitor_port = free_ports(3)
         self.log_path = folder / "stdout"
         self.config = folder / "fluent.conf"
         text = text.replace("/fluentd/log", str(self.folder)).replace("0.0.0.0", "127.0.0.1")
-        text = text.replace("24224", str(self.port)).replace("9880", str(self.http_port))
-        text = text.replace("port 24220", f"port {self.monitor_port}")
+        for usual, port in (24224, self.port), (9880, self.http_port), (24220, self.monitor_port):
+            text = text.replace(f"port {usual}", f"port {port}")
         text = text.replace("run_interval 2s", "run_interval 0.2s")
         text = text.replace("sh /fluentd/etc/prune.sh", "true")
         self.config.write_text(text.replace("flush_interval 5s", "flush_interval 0.3s"))
@@ -84,7 +85,11 @@ class Collector:
     def start(self) -> None:
         said = self.log().count("worker is now running")
         self.process = self.run()
-        self.wait_for(lambda: self.log().count("worker is now running") > said)
+        try:
+            self.wait_for(lambda: self.log().count("worker is now running") > said)
+        except AssertionError:
+            print(self.config.read_text(), self.log(), f"it ended: {self.process.poll()}", sep="\n")
+            raise
 
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
