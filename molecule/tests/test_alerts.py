@@ -107,6 +107,11 @@ def test_every_target_is_up_and_scraped_every_10_seconds(stack: Stack) -> None:
     assert {target["scrapeInterval"] for target in stack.targets().values()} == {"10s"}
 
 
+def test_every_target_tells_when_its_process_was_started(stack: Stack) -> None:
+    started = {dict(labels)["job"] for labels in stack.query("process_start_time_seconds > 0")}
+    assert started | {"rabbitmq_detailed"} == stack.targets().keys()
+
+
 @pytest.fixture
 def classic_queue(stack: Stack) -> Iterator[None]:
     """A queue of another kind, with limits and a message that has a time."""
@@ -152,6 +157,7 @@ def test_the_exporter_tells_what_the_list_says(stack: Stack, listed: list[dict[s
         print("differ:", {name: told().get(name) for name in differences()})
     others = {name for name in told() if name not in {line["name"] for line in listed}}
     assert others == {
+        "process_start_time_seconds",
         "fluentd_up",
         *(f"fluentd_output_status_{what}" for what in ("emit_records", "write_count")),
         *(f"fluentd_output_status_{what}" for what in ("retry_count", "buffer_total_bytes")),

@@ -16,6 +16,7 @@ from exporter.fluentd import Fluentd, plugin_families, plugins_in
 from exporter.settings import Settings
 from exporter.text import Family, label_text, written
 
+STARTED = time.time()
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WELCOME = """<!doctype html>
 <html lang="en">
@@ -77,6 +78,8 @@ class Scrape:
         build = label_text({"version": __version__, "revision": "", "branch": "", "builddate": ""})
         text = "1; the labels tell the version."
         yield Family("rabbitmq_exporter_build_info", text, [(build, 1)])
+        text = "When this process was started, in seconds since 1970."
+        yield Family("process_start_time_seconds", text, [("", STARTED)])
         if self._origin:
             durations = [(module, answer.seconds) for module, answer in modules]
             text = "Seconds from the question to its answer."

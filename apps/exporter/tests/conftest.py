@@ -240,7 +240,7 @@ class Scraped(NamedTuple):
 
     def data(self) -> set[str]:
         """Return the names of the families that tell of the broker."""
-        ours = "rabbitmq_(up|module_.*|exporter_build_info)"
+        ours = "rabbitmq_(up|module_.*|exporter_build_info)|process_start_time_seconds"
         return {name for name in self.types if not re.fullmatch(ours, name)}
 
 

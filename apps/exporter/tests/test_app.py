@@ -92,7 +92,9 @@ def test_a_broker_that_never_was_there_has_no_name_and_no_data(
         "rabbitmq_up",
         "rabbitmq_module_up",
         "rabbitmq_exporter_build_info",
+        "process_start_time_seconds",
     }
+    assert time.time() - 3600 < scraped.value("process_start_time_seconds") <= time.time()
     assert scraped.value("rabbitmq_up", **UNKNOWN) == 0
     assert scraped.modules() == dict.fromkeys(DEFAULT, 0)
     assert all(UNKNOWN.items() <= one.items() for one in scraped.labels("rabbitmq_module_up"))

@@ -65,6 +65,7 @@ def test_a_scrape_has_each_family_of_the_list_with_its_type_and_labels(
     }
     expected |= dict.fromkeys(OLD_TOTALS, ("gauge", []))
     expected |= dict.fromkeys(OLD_NODE, ("gauge", ["node"]))
+    expected["process_start_time_seconds"] = ("gauge", [])
     found = {
         name: (kind, *{tuple(sorted(labels)) for labels in scraped.labels(name)})
         for name, kind in scraped.types.items()
