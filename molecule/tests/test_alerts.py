@@ -336,8 +336,10 @@ def drills(stack: Stack, browser: Browser, refusals: Future[dict[str, str]]) -> 
     start = time.monotonic()
     run.cause(*BROKER)
     run.wait("firing", *BROKER)
-    # It wants every container left alone.
+    # They want every container left alone, and what they take is not the drills' time.
+    waited = time.monotonic()
     wait([refusals])
+    seen["waited"] = time.monotonic() - waited
     run.cure(*BROKER)
     run.cause(EXPORTER)
     run.wait("firing", EXPORTER)
@@ -366,7 +368,7 @@ def drills(stack: Stack, browser: Browser, refusals: Future[dict[str, str]]) -> 
     ]
     seen["alerts"] = {labels["alertname"] for _, labels in told(stack, run.first)}
     stack.wait_until_ready()
-    seen["seconds"] = time.monotonic() - start
+    seen["seconds"] = time.monotonic() - start - seen["waited"]
     return seen
 
 
@@ -391,7 +393,10 @@ def test_the_drills_take_less_than_5_minutes(
     drills: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with capsys.disabled():
-        print(f"\n  {len(DRILLS)} drills: {drills['seconds']:.0f} s")
+        print(
+            f"\n  {len(DRILLS)} drills: {drills['seconds']:.0f} s, "
+            f"and {drills['waited']:.0f} s for the refusals"
+        )
         for drill in DRILLS:
             print(
                 f"    {drill.alert}: "
