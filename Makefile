@@ -49,9 +49,7 @@ lint: .venv/.test
 	ruff check
 	ruff format --check
 	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
-	mypy roles/image/filter_plugins/image.py
-	mypy roles/preflight/filter_plugins/preflight.py
-	mypy roles/rabbitmq/filter_plugins/rabbitmq.py
+	mypy plugins/filter
 	mypy roles/backup/files/archive.py
 
 unit: unit-python unit-engine

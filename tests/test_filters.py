@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-ROLES = Path(__file__).parents[1] / "roles"
+FILTERS = Path(__file__).parents[1] / "plugins/filter"
 
 
 @pytest.fixture(scope="module")
 def filters() -> Any:
-    """Return the filters of every role, by name."""
+    """Return every filter, by name."""
     found = {}
-    for plugin in ROLES.glob("*/filter_plugins/*.py"):
+    for plugin in FILTERS.glob("*.py"):
         spec = importlib.util.spec_from_file_location(f"{plugin.stem}_filters", plugin)
         assert spec is not None
         assert spec.loader is not None

@@ -176,7 +176,7 @@ def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) ->
 
 
 def test_every_engine_since_20_10_knows_the_options_of_its_log_driver() -> None:
-    values = yaml.safe_load((ROOT / "inventory/group_vars/all/main.yml").read_text())
+    values = yaml.safe_load((ROOT / "roles/stack/defaults/main.yml").read_text())
     assert values["stack_log_options"].keys() <= {
         "fluentd-address",
         "fluentd-async",

@@ -69,10 +69,7 @@ def host_variables() -> dict[str, Any]:
 
 def variables() -> dict[str, Any]:
     """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
-    files = [
-        *PROJECT.glob("roles/*/defaults/**/*.yml"),
-        PROJECT / "inventory/group_vars/all/main.yml",
-    ]
+    files = PROJECT.glob("roles/*/defaults/**/*.yml")
     values = [yaml.safe_load(file.read_text()) or {} for file in files]
     values.append(host_variables())
     return {name: value for each in values for name, value in each.items()}

@@ -16,7 +16,7 @@ from conftest import Stack, eventually
         "rabbitmq_metrics_port",
         "apps_publisher_port",
         "apps_subscriber_port",
-        "fluentd_port",
+        "stack_fluentd_port",
         "monitoring_exporter_port",
         "monitoring_prometheus_port",
         "monitoring_alertmanager_port",

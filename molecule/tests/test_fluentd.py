@@ -239,7 +239,7 @@ def test_a_hostile_tag_names_no_file(stack: Stack) -> None:
         "/",
     ]
     send = [json.dumps(tag) for tag in tags]
-    stack.python(SEND, str(stack.vars["fluentd_port"]), *send)
+    stack.python(SEND, str(stack.vars["stack_fluentd_port"]), *send)
     eventually(
         lambda: sum('"hostile"' in line for line in stack.lines("other")) >= len(tags),
         10,

@@ -1,4 +1,4 @@
-"""Jinja filters of the role rabbitmq."""
+"""Filters that the role rabbitmq computes with."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Jinja filters of the role preflight."""
+"""Filters that the role preflight computes with."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Jinja filters of the role image."""
+"""Filters that the role image computes with."""
 
 import hashlib
 import json
