@@ -14,7 +14,7 @@ PLAYBOOK = ansible-playbook --inventory $(INVENTORY) $(ARGS)
 PYTEST = pytest --durations=5
 
 # Which log files `make logs` follows, of which stack; `make chaos` and `make abuse` break that one.
-S ?= rabbitmq publisher subscriber exporter prometheus alertmanager alerts other
+S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
 .PHONY: up status logs down clean images backup restore test lint unit unit-python unit-engine molecule test-host test-bare bench chaos abuse requirements

@@ -80,13 +80,11 @@ ROUTE = {
 
 def configuration(texts: dict[str, str]) -> dict[str, str]:
     """Return the folder of Prometheus' configuration, path by path, of all that was rendered."""
-    files = {
+    return {
         name.removeprefix("prometheus/"): text
         for name, text in texts.items()
         if name.startswith("prometheus/")
     }
-    plain = ROOT / "roles/monitoring/files/prometheus"
-    return files | {str(path.relative_to(plain)): path.read_text() for path in plain.rglob("*.yml")}
 
 
 @pytest.fixture(scope="module", params=["prometheus", "next-prometheus"])

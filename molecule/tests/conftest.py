@@ -16,15 +16,8 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
-SERVICES = [
-    "fluentd",
-    "rabbitmq",
-    "publisher",
-    "subscriber",
-    "exporter",
-    "prometheus",
-    "alertmanager",
-]
+CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())["stack_containers"]
+SERVICES = [*CATALOGUE]
 
 # Does one thing as one user and prints how it ended.
 ATTEMPT = """

@@ -12,6 +12,20 @@ Image = dict[str, Any]
 BASE: Image = {"name": "base", "contexts": ["images/base"], "base": "debian"}
 
 
+def image_wanted(
+    containers: Mapping[str, Any], names: Iterable[str], variables: Mapping[str, str]
+) -> dict[str, Image]:
+    """Return the images of the containers of these names, as image_plan wants them.
+
+    containers is the catalogue, in which an image's upstream is the name of a variable.
+    """
+
+    def wanted(image: Image) -> Image:
+        return {**image, "upstream": variables[image["upstream"]] if "upstream" in image else ""}
+
+    return {name: wanted(containers[name]["image"]) for name in names}
+
+
 def image_plan(
     wanted: Mapping[str, Image],
     *,
@@ -81,4 +95,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"image_plan": image_plan, "image_missing": image_missing}
+        return {
+            "image_wanted": image_wanted,
+            "image_plan": image_plan,
+            "image_missing": image_missing,
+        }

@@ -2,10 +2,60 @@
 
 import os
 import socket
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 PROGRAM = "ansible"
+# What the engine tells of a container or a volume: GET /containers/json, GET /volumes.
+Item = Mapping[str, Any]
+
+
+def preflight_own(containers: Iterable[Item], stack: str) -> dict[str, Item]:
+    """Return the containers that carry the stack's label, by their names in the catalogue."""
+    return {
+        container["Names"][0].removeprefix(f"/{stack}-"): container
+        for container in containers
+        if _is_own(container, stack)
+    }
+
+
+def preflight_foreign(
+    names: Iterable[str], stack: str, containers: Iterable[Item], volumes: Iterable[Item]
+) -> list[str]:
+    """Return what has the name of one of the stack's containers, but not the stack's label."""
+    wanted = {f"{stack}-{name}" for name in names}
+    return [
+        *(
+            f"{name[1:]} (container of image {container['Image']})"
+            for container in containers
+            for name in container["Names"]
+            if name[1:] in wanted and not _is_own(container, stack)
+        ),
+        *(
+            f"{volume['Name']} (volume at {volume['Mountpoint']})"
+            for volume in volumes
+            if volume["Name"] in wanted and not _is_own(volume, stack)
+        ),
+    ]
+
+
+def _is_own(item: Item, stack: str) -> bool:
+    return (item.get("Labels") or {}).get("message-broker-stack") == stack
+
+
+def preflight_twice(ports: Mapping[str, str]) -> list[str]:
+    """Return what of ports, by their variables, is there twice: "a_port and b_port are 5000"."""
+    names: dict[str, list[str]] = {}
+    for name, port in ports.items():
+        names.setdefault(port, []).append(name)
+    return [f"{' and '.join(same)} are {port}" for port, same in names.items() if len(same) > 1]
+
+
+def preflight_not_held(ports: Mapping[str, str], own: Mapping[str, Item]) -> dict[str, str]:
+    """Return those of ports, by their variables, that none of the own containers publishes."""
+    held = {str(one.get("PublicPort")) for item in own.values() for one in item["Ports"]}
+    return {name: port for name, port in ports.items() if port not in held}
 
 
 def preflight_owner(what: str) -> str:
@@ -34,4 +84,11 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"preflight_owner": preflight_owner, "preflight_gone": preflight_gone}
+        return {
+            "preflight_own": preflight_own,
+            "preflight_foreign": preflight_foreign,
+            "preflight_twice": preflight_twice,
+            "preflight_not_held": preflight_not_held,
+            "preflight_owner": preflight_owner,
+            "preflight_gone": preflight_gone,
+        }
