@@ -276,3 +276,115 @@ def test_a_run_is_gone_when_its_process_is_and_only_its_own_machine_can_tell(
     assert gone(alive)
     assert not gone("")
     assert not gone("something else")
+
+
+OWN_LABEL = {"message-broker-stack": "broker"}
+
+
+def container(name: str, labels: dict[str, str] | None, *ports: int) -> dict[str, Any]:
+    published = [{"PublicPort": port} for port in ports]
+    return {"Names": [f"/{name}"], "Image": "x:1", "Labels": labels, "Ports": published}
+
+
+def test_only_what_carries_the_stack_s_label_is_its_own(filters: Any) -> None:
+    own = container("broker-rabbitmq", OWN_LABEL)
+    containers = [own, container("broker-fluentd", None), container("other-exporter", {})]
+    assert filters["preflight_own"](containers, "broker") == {"rabbitmq": own}
+    volumes = [
+        {"Name": "broker-rabbitmq", "Labels": OWN_LABEL, "Mountpoint": "/1"},
+        {"Name": "broker-prometheus", "Labels": None, "Mountpoint": "/2"},
+    ]
+    names = ["rabbitmq", "fluentd", "prometheus"]
+    assert filters["preflight_foreign"](names, "broker", containers, volumes) == [
+        "broker-fluentd (container of image x:1)",
+        "broker-prometheus (volume at /2)",
+    ]
+
+
+def test_a_port_that_two_variables_have_is_told(filters: Any) -> None:
+    ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000"}
+    assert filters["preflight_twice"](ports) == ["a_port and c_port are 5000"]
+    own = {"rabbitmq": container("broker-rabbitmq", OWN_LABEL, 5000)}
+    assert filters["preflight_not_held"](ports, own) == {"b_port": "5001"}
+
+
+def test_records_are_the_first_lines_of_the_files(filters: Any) -> None:
+    lines = ["/var/lib/x/rabbitmq.version:4.0.5 rabbit@a b:1", "/var/lib/x/rabbitmq.version:more"]
+    records = filters["preflight_records"](lines, "/var/lib/x")
+    assert records == {"rabbitmq.version": "4.0.5 rabbit@a b:1"}
+
+
+FILES = {"main.conf": "a", "rules/one.yml": "b"}
+
+
+def on_the_host(path: str, text: str | None, **more: Any) -> dict[str, Any]:
+    """Return what ansible.builtin.find tells of a file, or of a folder where text is None."""
+    kind: dict[str, Any] = {"isdir": text is None, "isreg": text is not None}
+    kind |= {"mode": "0750" if text is None else "0640", "uid": 0, "gid": 10001}
+    if text is not None:
+        kind["checksum"] = hashlib.sha256(text.encode()).hexdigest()
+    return {"path": f"/etc/x{path}", **kind, **more}
+
+
+RIGHT = [
+    on_the_host("", None),
+    on_the_host("/main.conf", "a"),
+    on_the_host("/rules", None),
+    on_the_host("/rules/one.yml", "b"),
+]
+
+
+@pytest.mark.parametrize(
+    ("found", "changes"),
+    [
+        (RIGHT, {}),
+        ([], {"folders": ["", "rules"], "write": ["main.conf", "rules/one.yml"]}),
+        ([*RIGHT[1:], on_the_host("", None, mode="0755")], {"folders": [""]}),
+        ([*RIGHT[:-1], on_the_host("/rules/one.yml", "c")], {"write": ["rules/one.yml"]}),
+        ([*RIGHT[:-1], on_the_host("/rules/one.yml", "b", gid=0)], {"write": ["rules/one.yml"]}),
+        ([*RIGHT, on_the_host("/rules/old.yml", "b")], {"remove": ["rules/old.yml"]}),
+        ([*RIGHT, on_the_host("y/another.yml", "b")], {}),
+    ],
+    ids=["right", "nothing", "mode", "text", "group", "more", "neighbour"],
+)
+def test_a_configuration_is_told_where_it_differs(
+    filters: Any, found: list[dict[str, Any]], changes: dict[str, list[str]]
+) -> None:
+    expected = {"folders": [], "write": [], "remove": [], **changes}
+    assert filters["config_changes"](FILES, found, "/etc/x", 10001) == expected
+
+
+def test_a_check_has_the_files_where_the_container_has_them(filters: Any, tmp_path: Path) -> None:
+    texts = {"a b.conf": "it's $HOME\n", "rules/one.yml": "\u00e4"}
+    script = filters["config_script"](
+        texts, str(tmp_path), "cat 'a b.conf' rules/one.yml >&2; false"
+    )
+    done = subprocess.run(
+        ["sh", "-e"], input=script, capture_output=True, text=True, check=False, timeout=10
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (1, "it's $HOME\n\u00e4", "")
+
+
+def test_prometheus_scrapes_what_the_catalogue_says(filters: Any) -> None:
+    params = {"family": ["queue"]}
+    more = {"job": "rabbitmq_detailed", "port": 2, "path": "/more", "params": params}
+    catalogue = {"rabbitmq": {"scrapes": [{"port": 1}, more]}, "fluentd": {}}
+    assert filters["monitoring_scrapes"](catalogue) == [
+        {"job_name": "rabbitmq", "static_configs": [{"targets": ["rabbitmq:1"]}]},
+        {
+            "job_name": "rabbitmq_detailed",
+            "metrics_path": "/more",
+            "params": params,
+            "static_configs": [{"targets": ["rabbitmq:2"]}],
+        },
+    ]
+
+
+def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:
+    catalogue = {"a": {"image": {"contexts": ["x"], "upstream": "a_image"}}}
+    catalogue |= {"b": {"image": {"contexts": ["y"]}}, "c": {}}
+    wanted = filters["image_wanted"](catalogue, ["a", "b"], {"a_image": "a:1"})
+    assert wanted == {
+        "a": {"contexts": ["x"], "upstream": "a:1"},
+        "b": {"contexts": ["y"], "upstream": ""},
+    }

@@ -58,6 +58,15 @@ def preflight_not_held(ports: Mapping[str, str], own: Mapping[str, Item]) -> dic
     return {name: port for name, port in ports.items() if port not in held}
 
 
+def preflight_records(lines: Iterable[str], folder: str) -> dict[str, str]:
+    """Return the first line of each file in folder by its name; lines are as grep -r tells."""
+    found: dict[str, str] = {}
+    for line in lines:
+        path, _, text = line.partition(":")
+        found.setdefault(path.removeprefix(f"{folder}/"), text)
+    return found
+
+
 def preflight_owner(what: str) -> str:
     """Return who does what: "make up by process 4711 on controller".
 
@@ -89,6 +98,7 @@ class FilterModule:
             "preflight_foreign": preflight_foreign,
             "preflight_twice": preflight_twice,
             "preflight_not_held": preflight_not_held,
+            "preflight_records": preflight_records,
             "preflight_owner": preflight_owner,
             "preflight_gone": preflight_gone,
         }

@@ -3,9 +3,119 @@
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 Definitions = dict[str, list[dict[str, Any]]]
+
+TAGS = {"admin": ["administrator"], "monitor": ["monitoring"]}
+
+
+def rabbitmq_definitions(
+    passwords: Mapping[str, str], *, exchange: str, queue: str, delivery_limit: int, memory: int
+) -> Definitions:
+    """Return what the broker imports: users by passwords, an exchange, a queue and its dead queue.
+
+    What must hold whatever policies people add is in the queues' arguments, and again in a policy:
+    queues made by an older version have no arguments, which cannot be added later, and of overflow
+    and strategy a policy's value wins. Only the policy with the highest priority acts. A queue has
+    a message for each 2 KiB of memory at most.
+    Source: https://www.rabbitmq.com/docs/definitions, https://www.rabbitmq.com/docs/quorum-queues
+    """
+    dead = f"{queue}.dead"
+    into, out = f"^{re.escape(exchange)}$", rf"^{re.escape(queue)}(\.dead)?$"
+    nothing = "^$"
+    rights = {
+        "admin": (".*", ".*", ".*"),
+        "publisher": (nothing, into, nothing),
+        "subscriber": (nothing, into, out),
+        "monitor": (nothing, nothing, nothing),
+    }
+    length = memory // 2048
+    limits = (("dead-letter", queue, dead, delivery_limit), ("redrive", dead, queue, -1))
+    return {
+        "users": [
+            {
+                "name": user,
+                "password_hash": rabbitmq_password_hash(password, user),
+                "hashing_algorithm": "rabbit_password_hashing_sha256",
+                "tags": TAGS.get(user, []),
+            }
+            for user, password in passwords.items()
+        ],
+        "vhosts": [{"name": "/"}],
+        "permissions": [
+            {
+                "user": user,
+                "vhost": "/",
+                **dict(zip(("configure", "write", "read"), rights[user], strict=True)),
+            }
+            for user in passwords
+        ],
+        "exchanges": [
+            {
+                "name": exchange,
+                "vhost": "/",
+                "type": "direct",
+                "durable": True,
+                "auto_delete": False,
+                "internal": False,
+                "arguments": {},
+            }
+        ],
+        "queues": [
+            _queue(queue, dead, {}),
+            _queue(dead, queue, {"x-delivery-limit": -1}),
+        ],
+        "bindings": [
+            {
+                "source": exchange,
+                "vhost": "/",
+                "destination": queue,
+                "destination_type": "queue",
+                "routing_key": queue,
+                "arguments": {},
+            }
+        ],
+        "policies": [_policy(*limit, length) for limit in limits],
+    }
+
+
+def _queue(name: str, dead: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = {
+        "x-queue-type": "quorum",
+        "x-overflow": "reject-publish",
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": dead,
+        "x-dead-letter-strategy": "at-least-once",
+        **more,
+    }
+    return {
+        "name": name,
+        "vhost": "/",
+        "durable": True,
+        "auto_delete": False,
+        "arguments": arguments,
+    }
+
+
+def _policy(name: str, queue: str, dead: str, delivery_limit: int, length: int) -> dict[str, Any]:
+    definition = {
+        "dead-letter-exchange": "",
+        "dead-letter-routing-key": dead,
+        "dead-letter-strategy": "at-least-once",
+        "overflow": "reject-publish",
+        "delivery-limit": delivery_limit,
+        "max-length": length,
+    }
+    return {
+        "name": name,
+        "vhost": "/",
+        "apply-to": "quorum_queues",
+        "priority": 1000,
+        "pattern": f"^{re.escape(queue)}$",
+        "definition": definition,
+    }
 
 
 def rabbitmq_password_hash(password: str, user: str) -> str:
@@ -85,6 +195,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {
+            "rabbitmq_definitions": rabbitmq_definitions,
             "rabbitmq_password_hash": rabbitmq_password_hash,
             "rabbitmq_missing": rabbitmq_missing,
             "rabbitmq_overruled": rabbitmq_overruled,
