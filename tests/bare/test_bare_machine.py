@@ -287,6 +287,41 @@ def test_check_mode_passes_on_the_running_stack(
     assert [(one["changed"], one["failed"]) for one in counted] == [(0, 0)]
 
 
+INVENTORY = {
+    "brokers": {
+        "hosts": {
+            "broker1": {
+                "ansible_connection": "local",
+                "ansible_python_interpreter": "{{ ansible_playbook_python }}",
+            }
+        },
+        "vars": {
+            "stack_secrets_dir": f"{PROJECT}/inventory/.secrets/broker",
+            "fluentd_log_dir": "/tmp/file",
+            "fluentd_log_limit": "256M",
+        },
+    }
+}
+
+
+def test_the_collection_installed_elsewhere_finds_the_same_stack(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    galaxy = "LC_ALL=C.UTF-8 .venv/bin/ansible-galaxy collection"
+    machine.run(f"{galaxy} build --output-path /root/built", 60)
+    install = f"{galaxy} install --offline --no-deps --collections-path /root/installed"
+    machine.run(f"{install} /root/built/*.tar.gz", 60)
+    inventory = shlex.quote(json.dumps(INVENTORY))
+    machine.run(f"mkdir /root/empty && echo {inventory} > /root/empty/inventory.yml")
+    command = (
+        "cd /root/empty && ANSIBLE_COLLECTIONS_PATH=/root/installed LC_ALL=C.UTF-8"
+        f" '{PROJECT}/.venv/bin/ansible-playbook' -i inventory.yml message_broker.stack.site"
+    )
+    counted = recap(timed(machine, seconds, "collection", command, 180))
+    say(f"message_broker.stack.site beside the stack: {seconds['collection']:.0f} s")
+    assert [(one["changed"], one["failed"]) for one in counted] == [(0, 0)]
+
+
 def test_make_status_shows_the_table(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
