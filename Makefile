@@ -49,7 +49,7 @@ lint: .venv/.test
 	ruff check
 	ruff format --check
 	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
-	mypy plugins/filter
+	mypy plugins
 	mypy roles/backup/files/archive.py
 
 unit: unit-python unit-engine

@@ -4,6 +4,7 @@ import base64
 import copy
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import socket
@@ -301,17 +302,20 @@ def test_only_what_carries_the_stack_s_label_is_its_own(filters: Any) -> None:
     ]
 
 
+def test_what_begins_like_an_option_and_is_none_is_unknown(filters: Any, tmp_path: Path) -> None:
+    for role, options in {"one": {"one_a": {}, "other_b": {}}, "two": {"two_a": {}}}.items():
+        (tmp_path / role / "meta").mkdir(parents=True)
+        specs = {"argument_specs": {"main": {"options": options}}}
+        (tmp_path / role / "meta/argument_specs.yml").write_text(json.dumps(specs))
+    names = ["one_a", "one_b", "two_b", "other_b", "other_c", "two_a", "onerous"]
+    assert filters["preflight_unknown"](names, str(tmp_path)) == ["one_b", "two_b"]
+
+
 def test_a_port_that_two_variables_have_is_told(filters: Any) -> None:
     ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000"}
     assert filters["preflight_twice"](ports) == ["a_port and c_port are 5000"]
     own = {"rabbitmq": container("broker-rabbitmq", OWN_LABEL, 5000)}
     assert filters["preflight_not_held"](ports, own) == {"b_port": "5001"}
-
-
-def test_records_are_the_first_lines_of_the_files(filters: Any) -> None:
-    lines = ["/var/lib/x/rabbitmq.version:4.0.5 rabbit@a b:1", "/var/lib/x/rabbitmq.version:more"]
-    records = filters["preflight_records"](lines, "/var/lib/x")
-    assert records == {"rabbitmq.version": "4.0.5 rabbit@a b:1"}
 
 
 FILES = {"main.conf": "a", "rules/one.yml": "b"}

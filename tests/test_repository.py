@@ -71,7 +71,7 @@ def test_templates_and_defaults_are_named_as_the_task_file_of_their_container(ro
 def test_every_preflight_is_asked() -> None:
     values = yaml.safe_load((ROOT / "roles/preflight/defaults/main.yml").read_text())
     written = {path.parents[1].name for path in ROOT.glob("roles/*/tasks/preflight.yml")}
-    assert set(values["preflight_roles"]) == written
+    assert set(values["preflight_checked"]) == written
 
 
 def test_every_image_has_a_version() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 PROGRAM = "ansible"
 # What the engine tells of a container or a volume: GET /containers/json, GET /volumes.
 Item = Mapping[str, Any]
@@ -44,6 +46,16 @@ def _is_own(item: Item, stack: str) -> bool:
     return (item.get("Labels") or {}).get("message-broker-stack") == stack
 
 
+def preflight_unknown(names: Iterable[str], folder: str) -> list[str]:
+    """Return those of names that begin like the options of a role in folder, and are none."""
+    roles = tuple(f"{role.name}_" for role in Path(folder).iterdir())
+    options: set[str] = set()
+    for path in Path(folder).glob("*/meta/argument_specs.yml"):
+        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
+            options |= entry["options"].keys()
+    return [name for name in names if name.startswith(roles) and name not in options]
+
+
 def preflight_twice(ports: Mapping[str, str]) -> list[str]:
     """Return what of ports, by their variables, is there twice: "a_port and b_port are 5000"."""
     names: dict[str, list[str]] = {}
@@ -56,15 +68,6 @@ def preflight_not_held(ports: Mapping[str, str], own: Mapping[str, Item]) -> dic
     """Return those of ports, by their variables, that none of the own containers publishes."""
     held = {str(one.get("PublicPort")) for item in own.values() for one in item["Ports"]}
     return {name: port for name, port in ports.items() if port not in held}
-
-
-def preflight_records(lines: Iterable[str], folder: str) -> dict[str, str]:
-    """Return the first line of each file in folder by its name; lines are as grep -r tells."""
-    found: dict[str, str] = {}
-    for line in lines:
-        path, _, text = line.partition(":")
-        found.setdefault(path.removeprefix(f"{folder}/"), text)
-    return found
 
 
 def preflight_owner(what: str) -> str:
@@ -94,11 +97,11 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {
+            "preflight_unknown": preflight_unknown,
             "preflight_own": preflight_own,
             "preflight_foreign": preflight_foreign,
             "preflight_twice": preflight_twice,
             "preflight_not_held": preflight_not_held,
-            "preflight_records": preflight_records,
             "preflight_owner": preflight_owner,
             "preflight_gone": preflight_gone,
         }
