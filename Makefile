@@ -17,7 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-engine molecule test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-engine molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -62,8 +62,15 @@ BY_ENGINE = tests/test_alerts.py tests/test_image_source.py
 unit-engine: .venv/.test test-host
 	$(PYTEST) $(BY_ENGINE)
 
-molecule: .venv/.test
-	molecule test --all --no-command-borders
+molecule: molecule-default molecule-next
+
+# A frame around the output would come after pytest's own last line.
+molecule-default molecule-next: export MOLECULE_COMMAND_BORDERS = false
+molecule-default: .venv/.test
+	molecule test
+
+molecule-next: .venv/.test
+	molecule test --scenario-name next
 
 test-bare: .venv/.test test-host
 	$(PYTEST) tests/bare

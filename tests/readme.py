@@ -28,6 +28,16 @@ def walkthrough(text: str) -> list[tuple[str, str]]:
     return steps
 
 
+def commands(text: str, heading: str) -> str:
+    """Return the first block that is fenced as ```sh under heading."""
+    found = re.search(
+        rf"^{re.escape(heading)}$.*?^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    if found is None:
+        raise ValueError(f"There are no commands under {heading!r}.")
+    return found[1]
+
+
 def matches(expected: str, actual: str) -> bool:
     """Return whether actual is expected, in which … stands for any text, of no or many lines."""
     plain = "\n".join(line.rstrip() for line in actual.splitlines()).strip()

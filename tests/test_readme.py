@@ -1,7 +1,7 @@
 """The reader of README.md's walk-through does what its contract says."""
 
 import pytest
-from readme import matches, walkthrough
+from readme import commands, matches, walkthrough
 
 TEXT = """# Title
 ```sh
@@ -36,6 +36,13 @@ def test_commands_and_what_they_print_are_read_in_order() -> None:
         ("curl -s \\\n    localhost", "one\ntwo …"),
         ("curl again", ""),
     ]
+
+
+def test_the_first_block_under_a_heading_is_read_whole() -> None:
+    text = "## One\n```sh\na\n```\n## Two\nwords\n```sh\nb\nc\n```\n```sh\nd\n```\n"
+    assert commands(text, "## Two") == "b\nc\n"
+    with pytest.raises(ValueError, match="## Three"):
+        commands(text, "## Three")
 
 
 def test_a_text_without_the_heading_is_an_error() -> None:
