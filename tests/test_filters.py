@@ -246,7 +246,7 @@ def test_what_is_there_is_not_missing_and_the_base_only_where_something_stands_o
     filters: Any, plan: Any
 ) -> None:
     def missing(*there: str) -> list[str]:
-        images = [{"RepoTags": [planned[name]["ref"]], "RepoDigests": []} for name in there]
+        images = [{"RepoTags": [planned[name]["ref"]], "RepoDigests": None} for name in there]
         return [image["name"] for image in filters["image_missing"](planned.values(), images)]
 
     planned = plan()

@@ -20,7 +20,9 @@ ANSWERS: dict[str, Any] = {
     "/containers/json?all=1": [{"Names": ["/broker-rabbitmq"]}],
     "/volumes": {"Volumes": None},
     "/networks": [{"Name": "bridge"}],
+    "/images/json": [{"RepoTags": ["broker/rabbitmq:1"], "RepoDigests": None}],
 }
+LISTS = ("containers", "volumes", "networks", "images", "files")
 
 
 @pytest.fixture
@@ -74,6 +76,7 @@ def test_what_an_engine_has_is_told(look: Callable[..., dict[str, Any]]) -> None
     assert found["containers"] == ANSWERS["/containers/json?all=1"]
     assert found["volumes"] == []
     assert found["networks"] == ANSWERS["/networks"]
+    assert found["images"] == ANSWERS["/images/json"]
 
 
 def test_an_engine_that_fails_is_named(
@@ -87,13 +90,9 @@ def test_an_engine_that_fails_is_named(
 
 def test_a_bare_host_has_nothing(look: Callable[..., dict[str, Any]]) -> None:
     found = look(gid=4242424)
-    assert [found[name] for name in ("engine", "containers", "volumes", "networks")] == [
-        {},
-        [],
-        [],
-        [],
-    ]
-    assert [found["files"], found["records"], found["group"]] == [[], {}, ""]
+    assert found["engine"] == found["records"] == {}
+    assert [found[name] for name in LISTS] == [[]] * len(LISTS)
+    assert found["group"] == ""
     assert found["endpoints"] == ["tcp://elsewhere"]
     assert found["free_gib"] > 0
     assert found["requests"] is True

@@ -58,11 +58,12 @@ def image_plan(
 
 
 def image_missing(plan: Iterable[Image], images: Iterable[Mapping[str, Any]]) -> list[Image]:
-    """Return what of plan is not among images, which are as docker_image_info returns them.
+    """Return what of plan is not among images, which are as the engine's GET /images/json tells.
 
     Of the base nothing is asked unless an image that is missing is built on it.
     """
-    refs = {ref for image in images for ref in image["RepoTags"] + image["RepoDigests"]}
+    lists = [image[name] or [] for image in images for name in ("RepoTags", "RepoDigests")]
+    refs = {ref for found in lists for ref in found}
     missing = [image for image in plan if image["ref"] not in refs]
     builds = [image for image in missing if image["origin"] == "build"]
     based = any(image["base"] == "base" for image in builds)

@@ -38,6 +38,7 @@ RETURN = r"""
 engine: {type: dict, returned: always, description: GET /info; empty where no engine answers.}
 containers: {type: list, returned: always, description: "GET /containers/json?all=1."}
 volumes: {type: list, returned: always, description: Volumes of GET /volumes.}
+images: {type: list, returned: always, description: GET /images/json.}
 networks: {type: list, returned: always, description: GET /networks.}
 endpoints:
   type: list
@@ -86,12 +87,13 @@ def engine_info(path: str) -> dict[str, Any]:
     try:
         info = engine.get("/info")
     except OSError:
-        return {"engine": {}, "containers": [], "volumes": [], "networks": []}
+        return {"engine": {}, "containers": [], "volumes": [], "networks": [], "images": []}
     return {
         "engine": info,
         "containers": engine.get("/containers/json?all=1"),
         "volumes": engine.get("/volumes")["Volumes"] or [],
         "networks": engine.get("/networks"),
+        "images": engine.get("/images/json"),
     }
 
 
