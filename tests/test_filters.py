@@ -392,3 +392,30 @@ def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:
         "a": {"contexts": ["x"], "upstream": "a:1"},
         "b": {"contexts": ["y"], "upstream": ""},
     }
+
+
+def test_what_is_backed_up_is_the_volume_of_each_container_that_has_data(filters: Any) -> None:
+    def mounted(name: str, source: str) -> dict[str, str]:
+        return {"Type": "volume", "Name": name, "Source": source}
+
+    bind, other = {"Type": "bind", "Source": "/etc/x"}, mounted("0a1b", "/v/0")
+    containers = {
+        name: {"Names": [f"/b-{name}"], "State": state, "Mounts": mounts}
+        for name, state, mounts in [
+            ("rabbitmq", "running", [bind, other, mounted("b-rabbitmq", "/v/1")]),
+            ("prometheus", "exited", [mounted("b-prometheus", "/v/2")]),
+            ("publisher", "running", [bind]),
+        ]
+    }
+    services = ["rabbitmq", "alertmanager", "prometheus"]
+    assert filters["backup_running"](services, containers) == ["rabbitmq"]
+    folders = {"rabbitmq": "/v/1", "prometheus": "/v/2"}
+    assert filters["backup_volumes"](services, containers) == folders
+
+
+def test_what_carries_the_stack_s_label_is_there_already(filters: Any) -> None:
+    volumes = [{"Name": "broker-x", "Labels": OWN_LABEL}, {"Name": "y", "Labels": None}]
+    containers = [container("broker-a", OWN_LABEL), container("broker-b", {}), container("c", None)]
+    host = {"containers": containers, "volumes": volumes}
+    there = ["container broker-a", "volume broker-x"]
+    assert filters["backup_there"](host, "broker") == there

@@ -1,0 +1,47 @@
+"""Filters that the role backup computes with."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# What the engine tells of a container: GET /containers/json.
+Container = Mapping[str, Any]
+
+
+def backup_running(services: Iterable[str], containers: Mapping[str, Container]) -> list[str]:
+    """Return those of services whose container, by the service, runs."""
+    return [name for name in services if containers.get(name, {}).get("State") == "running"]
+
+
+def backup_volumes(services: Iterable[str], containers: Mapping[str, Container]) -> dict[str, str]:
+    """Return where on the host the volume of each of services is that has a container."""
+    return {
+        name: mount["Source"]
+        for name in services
+        for mount in containers.get(name, {}).get("Mounts", [])
+        if mount["Type"] == "volume" and f"/{mount['Name']}" in containers[name]["Names"]
+    }
+
+
+def backup_there(host: Mapping[str, list[Mapping[str, Any]]], stack: str) -> list[str]:
+    """Return what of host, which is what host_info tells, carries the stack's label."""
+
+    def own(kind: str) -> list[Mapping[str, Any]]:
+        labels = [(item, item.get("Labels") or {}) for item in host[kind]]
+        return [item for item, label in labels if label.get("message-broker-stack") == stack]
+
+    return [
+        *(f"container {item['Names'][0].removeprefix('/')}" for item in own("containers")),
+        *(f"volume {item['Name']}" for item in own("volumes")),
+    ]
+
+
+class FilterModule:
+    """What Ansible loads."""
+
+    def filters(self) -> dict[str, Any]:
+        """Return the filters by name."""
+        return {
+            "backup_running": backup_running,
+            "backup_there": backup_there,
+            "backup_volumes": backup_volumes,
+        }
