@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import Stack, eventually
+from rules import metric_names
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,18 @@ def redrive(stack: Stack) -> Any:
 
 def depth(stack: Stack, queue: str) -> int:
     return int(stack.api(f"/queues/%2F/{queue}").json.get("messages", -1))
+
+
+def test_every_metric_that_a_rule_reads_is_scraped(stack: Stack) -> None:
+    """Otherwise an alert would never fire once a version renames what it reads."""
+    groups = stack.http("monitoring_prometheus_port", "/api/v1/rules").json["data"]["groups"]
+    read = {
+        name for group in groups for rule in group["rules"] for name in metric_names(rule["query"])
+    }
+    assert len(read) > 30
+    path = "/api/v1/label/__name__/values"
+
+    def missing() -> set[str]:
+        return read - set(stack.http("monitoring_prometheus_port", path).json["data"])
+
+    eventually(lambda: not missing(), 30, "every metric is scraped")
