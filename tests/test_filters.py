@@ -419,3 +419,41 @@ def test_what_carries_the_stack_s_label_is_there_already(filters: Any) -> None:
     host = {"containers": containers, "volumes": volumes}
     there = ["container broker-a", "volume broker-x"]
     assert filters["backup_there"](host, "broker") == there
+
+
+def test_a_password_file_that_no_run_could_use_is_told(filters: Any) -> None:
+    def file(path: str, size: int = 32, uid: int = os.getuid()) -> dict[str, Any]:
+        return {"path": path, "size": size, "uid": uid}
+
+    files = [file("/good"), file("/empty", 0), file("/x.lockfile"), file("/other", uid=4242)]
+    assert filters["preflight_useless"](files) == ["/empty", "/x.lockfile", "/other"]
+
+
+def test_a_receiver_s_file_is_a_secret_that_is_given_or_the_image_s(filters: Any) -> None:
+    folder = "/etc/alertmanager/secrets"
+    receivers = [
+        {"webhook_configs": [{"url_file": f"{folder}/one"}, {"url_file": f"{folder}/empty"}]},
+        {"email_configs": [{"tls_config": {"ca_file": "/etc/ssl/ca.pem"}, "to": "a_file"}]},
+        {"email_configs": [{"auth_password_file": "/elsewhere"}]},
+    ]
+    missing = filters["monitoring_missing_secrets"](receivers, {"one": "1", "empty": ""})
+    assert missing == [f"{folder}/empty", "/elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("given", "bad"),
+    [
+        ({"for": "1m30s", "above": 0.5, "within": "1d", "hours": "4"}, []),
+        ({"for": "0s"}, ["0s"]),
+        ({"for": "90"}, ["90"]),
+        ({"for": ""}, [""]),
+        ({"above": -1}, ["-1"]),
+        ({"above": "1\n"}, ["1\n"]),
+        ({"below": 1}, ["below"]),
+    ],
+)
+def test_an_alert_takes_the_values_that_it_knows(
+    filters: Any, given: dict[str, Any], bad: list[str]
+) -> None:
+    known = dict.fromkeys(("for", "above", "within", "hours"))
+    assert filters["monitoring_bad_values"](given, known) == bad

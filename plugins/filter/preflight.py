@@ -56,6 +56,18 @@ def preflight_unknown(names: Iterable[str], folder: str) -> list[str]:
     return [name for name in names if name.startswith(roles) and name not in options]
 
 
+def preflight_useless(files: Iterable[Item]) -> list[str]:
+    """Return the paths of password files that no run could use: empty, locked, or another user's.
+
+    files is what ansible.builtin.find returns on this machine.
+    """
+    return [
+        file["path"]
+        for file in files
+        if file["size"] == 0 or file["path"].endswith(".lockfile") or file["uid"] != os.getuid()
+    ]
+
+
 def preflight_twice(ports: Mapping[str, str]) -> list[str]:
     """Return what of ports, by their variables, is there twice: "a_port and b_port are 5000"."""
     names: dict[str, list[str]] = {}
@@ -97,6 +109,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
         return {
+            "preflight_useless": preflight_useless,
             "preflight_unknown": preflight_unknown,
             "preflight_own": preflight_own,
             "preflight_foreign": preflight_foreign,
