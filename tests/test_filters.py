@@ -314,8 +314,15 @@ def test_what_begins_like_an_option_and_is_none_is_unknown(filters: Any, tmp_pat
 def test_a_port_that_two_variables_have_is_told(filters: Any) -> None:
     ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000"}
     assert filters["preflight_twice"](ports) == ["a_port and c_port are 5000"]
-    own = {"rabbitmq": container("broker-rabbitmq", OWN_LABEL, 5000)}
-    assert filters["preflight_not_held"](ports, own) == {"b_port": "5001"}
+
+
+def test_a_port_is_free_where_the_container_itself_publishes_it(filters: Any) -> None:
+    containers = {"x": {"ports": ["a_port", "b_port"]}, "y": {"ports": ["c_port"]}}
+    own = {"x": container("broker-x", OWN_LABEL, 5000), "y": container("broker-y", {}, 5001)}
+    ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000"}
+    # 5001 is y's, and 5000 x's, until they are made anew.
+    expected = {"b_port": "5001", "c_port": "5000"}
+    assert filters["preflight_not_held"](ports, containers, own) == expected
 
 
 FILES = {"main.conf": "a", "rules/one.yml": "b"}

@@ -26,18 +26,6 @@ def definitions(rendered: Rendered) -> Any:
     return json.loads(rendered.first["rabbitmq/definitions.json"])
 
 
-@pytest.fixture(scope="module")
-def settings(rendered: Rendered) -> dict[str, str]:
-    """Return rabbitmq.conf as a dict; every line is `key = value`, and no key comes twice."""
-    text = rendered.first["rabbitmq/rabbitmq.conf"]
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    pairs = [re.fullmatch(r"([a-z0-9_.]+) = (\S+)", line) for line in lines]
-    assert [line for line, pair in zip(lines, pairs, strict=True) if pair is None] == []
-    found = [(pair[1], pair[2]) for pair in pairs if pair is not None]
-    assert len(dict(found)) == len(found)
-    return dict(found)
-
-
 def test_every_template_is_rendered(rendered: Rendered) -> None:
     assert TEMPLATES
     assert len(rendered.first) == len(TEMPLATES)
@@ -61,15 +49,6 @@ def test_no_rendered_file_carries_a_password(rendered: Rendered) -> None:
     passwords = [path.read_text().strip() for path in rendered.secrets.iterdir()]
     texts = rendered.first.values()
     assert not [password for password in passwords if any(password in text for text in texts)]
-
-
-def test_there_are_four_users_and_no_guest(definitions: Any) -> None:
-    assert {user["name"]: user["tags"] for user in definitions["users"]} == {
-        "admin": ["administrator"],
-        "publisher": [],
-        "subscriber": [],
-        "monitor": ["monitoring"],
-    }
 
 
 def test_every_password_logs_its_user_in(rendered: Rendered, definitions: Any) -> None:
@@ -105,27 +84,6 @@ def test_nobody_else_has_permissions(definitions: Any) -> None:
     users = sorted(user["name"] for user in definitions["users"])
     assert sorted(one["user"] for one in definitions["permissions"]) == users
     assert "topic_permissions" not in definitions
-
-
-def test_a_durable_direct_exchange_leads_to_the_queue(definitions: Any) -> None:
-    (exchange,) = definitions["exchanges"]
-    assert (exchange["name"], exchange["type"]) == (EXCHANGE, "direct")
-    assert (exchange["durable"], exchange["auto_delete"]) == (True, False)
-    (binding,) = definitions["bindings"]
-    assert binding["destination_type"] == "queue"
-    assert [binding[key] for key in ("source", "routing_key", "destination")] == [
-        EXCHANGE,
-        QUEUE,
-        QUEUE,
-    ]
-
-
-def test_the_queues_are_durable_quorum_queues(definitions: Any) -> None:
-    queues = {queue["name"]: queue for queue in definitions["queues"]}
-    assert queues.keys() == {QUEUE, DEAD}
-    for queue in queues.values():
-        assert (queue["durable"], queue["auto_delete"]) == (True, False)
-        assert queue["arguments"]["x-queue-type"] == "quorum"
 
 
 @pytest.mark.parametrize(
@@ -236,29 +194,3 @@ def test_an_eighth_of_the_alerts_does_not_count(rendered: Rendered, tmp_path: Pa
     alerts = {f"alerts.20260101.00000{n}.log": (100 - n, 25) for n in range(5)}
     others = {f"exporter.20260101.00000{n}.log": (50 - n, 25) for n in range(5)}
     assert prune(rendered, tmp_path, alerts | others) == sorted([*alerts, *list(others)[1:]])
-
-
-def test_the_memory_watermark_is_a_share_of_the_container_in_bytes(
-    settings: dict[str, str],
-) -> None:
-    # rabbitmq_memory 1G, rabbitmq_memory_watermark 0.4
-    assert settings["vm_memory_high_watermark.absolute"] == str(int(1024**3 * 0.4))
-
-
-def test_nobody_gets_in_without_a_password(settings: dict[str, str]) -> None:
-    assert settings["anonymous_login_user"] == "none"
-    assert not [key for key in settings if key.startswith("default_user")]
-
-
-def test_the_definitions_are_read_where_they_are_mounted(settings: dict[str, str]) -> None:
-    assert settings["definitions.import_backend"] == "local_filesystem"
-    assert settings["definitions.local.path"] == "/etc/rabbitmq/definitions.json"
-    assert settings["definitions.skip_if_unchanged"] == "true"
-
-
-def test_the_plugins_that_the_published_ports_need_are_on(rendered: Rendered) -> None:
-    # One Erlang term: a list of atoms and a full stop.
-    text = rendered.first["rabbitmq/enabled_plugins"].strip()
-    plugins = re.fullmatch(r"\[([a-z_]+(?:,[a-z_]+)*)\]\.", text)
-    assert plugins is not None, text
-    assert set(plugins[1].split(",")) >= {"rabbitmq_management", "rabbitmq_prometheus"}

@@ -76,10 +76,20 @@ def preflight_twice(ports: Mapping[str, str]) -> list[str]:
     return [f"{' and '.join(same)} are {port}" for port, same in names.items() if len(same) > 1]
 
 
-def preflight_not_held(ports: Mapping[str, str], own: Mapping[str, Item]) -> dict[str, str]:
-    """Return those of ports, by their variables, that none of the own containers publishes."""
-    held = {str(one.get("PublicPort")) for item in own.values() for one in item["Ports"]}
-    return {name: port for name, port in ports.items() if port not in held}
+def preflight_not_held(
+    ports: Mapping[str, str], containers: Mapping[str, Item], own: Mapping[str, Item]
+) -> dict[str, str]:
+    """Return those of ports, by their variables, that their own container does not publish yet.
+
+    containers is the catalogue; own are the stack's containers that the host has.
+    """
+    held = {
+        (variable, str(published.get("PublicPort")))
+        for name, container in containers.items()
+        for variable in container["ports"]
+        for published in own.get(name, {}).get("Ports", [])
+    }
+    return {variable: port for variable, port in ports.items() if (variable, port) not in held}
 
 
 def preflight_owner(what: str) -> str:
