@@ -57,6 +57,9 @@ REFUSAL_TIMEOUT = 0.1
 LINGER = 2
 # Seconds running requests get to finish after SIGTERM.
 DRAIN_TIMEOUT = 5
+# Seconds a new worker waits for its connection to the broker before it takes clients, who would be
+# answered 503 while another worker, or a moment later this one, has what they want.
+CONNECT_WAIT = 1.0
 # Seconds between the end of a worker and its successor's start.
 RESPAWN_DELAY = 0.5
 
@@ -84,6 +87,10 @@ class Application(Protocol):
 
 class Connection(Protocol):
     """A door's connection to the broker."""
+
+    @property
+    def up(self) -> bool:
+        """Whether it can be used now."""
 
     def start(self) -> None:
         """Connect in the background."""
@@ -522,6 +529,9 @@ def _work(
     for number in signal.SIGTERM, signal.SIGINT:
         gevent.signal_handler(number, stop.set)
     connection.start()
+    with gevent.Timeout(CONNECT_WAIT, False):
+        while not (connection.up or stop.is_set()):
+            gevent.sleep(0.01)
     server.start()
     stop.wait()
     connection.finish()

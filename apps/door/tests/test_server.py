@@ -31,8 +31,9 @@ LIMIT = 512 * MIB  # bytes of the container
 
 # Arguments: port, workers, a folder, the container's memory, and constants to be changed.
 SCRIPT = """
-import os, sys
+import os, sys, time
 from door import server
+begun = time.monotonic()
 for name, value in (pair.split("=") for pair in sys.argv[5:]):
     setattr(server, name, float(value))
 import gevent
@@ -44,8 +45,13 @@ from flask import Flask
 def tell(word):
     os.write(1, f"{word}\\n".encode())
 
+seen = []
+
 class Connection:
-    up = True
+    @property
+    def up(self):
+        return time.monotonic() > begun + getattr(server, "UP_AFTER", 0)
+
     def __getattr__(self, name):
         return lambda: tell(name)
 
@@ -59,7 +65,8 @@ def make(memory):
             gevent.sleep(float(query["sleep"]))
         if body:
             tell("answered")
-        return json_answer(200, {"body": body, "pid": os.getpid(), "held": memory.held})
+        told = {"pid": os.getpid(), "held": memory.held, "up": seen[0]}
+        return json_answer(200, {"body": body, **told})
 
     def unread(call):
         return json_answer(200, {"body": None})
@@ -71,7 +78,12 @@ def make(memory):
     routes = {("GET", "/"): echo, ("POST", "/"): echo}
     routes |= {("POST", "/unread"): unread, ("GET", "/large"): large}
     equip(app, Connection(), None, Access(), routes, [("GET", "/large")])
-    return app, Connection()
+
+    def watched(environ, start_response):
+        seen.append(Connection().up)
+        return app(environ, start_response)
+
+    return watched, Connection()
 
 server.serve("door", make, int(sys.argv[1]), int(sys.argv[4]), int(sys.argv[2]))
 """
@@ -652,6 +664,13 @@ def test_a_request_without_an_end_does_not_keep_the_process(start: Start) -> Non
         door.process.terminate()
         assert door.wait() == ["start", "finish", "stop"]
         assert client.ended()
+
+
+def test_a_worker_answers_nobody_before_it_is_connected_unless_that_takes_long(
+    start: Start,
+) -> None:
+    assert start(UP_AFTER=1.5, CONNECT_WAIT=9).ask("/")[1]["up"] is True
+    assert start(UP_AFTER=99, CONNECT_WAIT=0.1).ask("/")[1]["up"] is False
 
 
 def test_a_killed_worker_is_replaced_while_the_others_answer_and_all_end_together(
