@@ -182,7 +182,8 @@ def test_a_rule_reads_what_every_supported_broker_and_the_stack_tell_and_a_case_
         for line in csv.DictReader(lines, delimiter="\t")
         if line["on_4.0.5"] == line["default_scrape"] == "yes"
     }
-    source = "".join(path.read_text() for path in (ROOT / "apps/door/door").glob("*.py"))
+    folders = ROOT / "apps/common/common", ROOT / "apps/door/door"
+    source = "".join(path.read_text() for folder in folders for path in folder.glob("*.py"))
     assert all(f'"{re.sub("_(total|bucket)$", "", name)}"' in source for name in DOORS)
     read = {name for rule in alerts.values() for name in names(rule["expr"])}
     assert read - exporter == PLUGIN | DOORS | FLUENTD | MONITORING

@@ -1,5 +1,6 @@
 """The tree is what its own map says, and ties nobody to a place that only some can reach."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -51,6 +52,30 @@ def test_every_app_has_requirements() -> None:
     apps = {path.parent for path in ROOT.glob("apps/*/Dockerfile")}
     assert apps
     assert apps <= {path.parent for path in REQUIREMENTS}
+
+
+def imported(folder: Path) -> set[str]:
+    """Return the top-level modules that the modules of folder import."""
+    nodes = [
+        node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("app", ["collector", "exporter", "publisher", "subscriber"])
+def test_an_image_has_each_app_that_its_program_imports(app: str) -> None:
+    catalogue = yaml.safe_load((ROOT / "roles/stack/vars/main.yml").read_text())
+    containers = catalogue["stack_containers"]
+    contexts = containers.get(app, containers["fluentd"])["image"]["contexts"]
+    parts = {Path(context).name for context in contexts}
+    copied = re.findall(
+        r"^COPY (\w+)/ /app/\1/$", (ROOT / f"apps/{app}/Dockerfile").read_text(), re.M
+    )
+    assert set(copied) == parts
+    ours = {path.name for path in (ROOT / "apps").iterdir()}
+    assert ours & set().union(*(imported(ROOT / "apps" / part / part) for part in parts)) <= parts
 
 
 @role

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import pika
+from common.environment import Environment
 
-from door.environment import Environment
 from door.memory import MIB
 
 

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 import gevent
 import pytest
+from common.events import Event
 from door.call import Call
 from door.clients import Clients
-from door.events import Event
 from door.memory import BASE, MIB, Memory
 from door.server import Body, Handler
 

@@ -4,7 +4,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import pytest
-from door.environment import ConfigError, Environment
+from common.environment import ConfigError, Environment
 from door.settings import Access, BrokerSettings, EventSettings
 
 LOGIN = {"RABBITMQ_USER": "waiter", "RABBITMQ_PASSWORD": "s3cret"}

@@ -13,7 +13,7 @@ from functools import cached_property
 from json.encoder import encode_basestring
 from typing import Any
 
-from door.events import REQUEST_ID, Value, good_id
+from common.events import REQUEST_ID, Value, good_id
 from door.memory import Grant
 from pika.channel import Channel
 from pika.spec import BasicProperties

@@ -19,8 +19,6 @@ from typing import Protocol
 from fluent.asyncsender import FluentSender
 from prometheus_client import Counter
 
-from door.settings import EventSettings
-
 log = logging.getLogger(__name__)
 
 # The header that carries a request's id over HTTP, and with its message over AMQP.
@@ -200,11 +198,11 @@ class Event:
         )
 
 
-def start(tag: str, settings: EventSettings) -> Sender | None:
-    """Return the sender of this process, which ends with it; None when no collector is set."""
-    if settings.host is None:
+def start(tag: str, host: str | None, port: int) -> Sender | None:
+    """Return this process's sender to a collector, closed at its end; None without a host."""
+    if host is None:
         return None
-    sender = Sender(tag, settings.host, settings.port)
+    sender = Sender(tag, host, port)
     atexit.register(sender.close)
     return sender
 
