@@ -54,11 +54,9 @@ def test_every_app_has_requirements() -> None:
     assert apps <= {path.parent for path in REQUIREMENTS}
 
 
-def imported(folder: Path) -> set[str]:
-    """Return the top-level modules that the modules of folder import."""
-    nodes = [
-        node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
-    ]
+def imported(module: Path) -> set[str]:
+    """Return the top-level modules that module imports."""
+    nodes = list(ast.walk(ast.parse(module.read_text())))
     names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.partition(".")[0] for name in names}
@@ -75,7 +73,14 @@ def test_an_image_has_each_app_that_its_program_imports(app: str) -> None:
     )
     assert set(copied) == parts
     ours = {path.name for path in (ROOT / "apps").iterdir()}
-    assert ours & set().union(*(imported(ROOT / "apps" / part / part) for part in parts)) <= parts
+    modules = [path for part in parts for path in ROOT.glob(f"apps/{part}/{part}/*.py")]
+    assert ours & set().union(*map(imported, modules)) <= parts
+
+
+def test_one_module_of_the_programs_imports_pika() -> None:
+    modules = [path for path in ROOT.glob("apps/*/**/*.py") if "tests" not in path.parts]
+    importing = [path for path in modules if "pika" in imported(path)]
+    assert importing == [ROOT / "apps/door/door/amqp.py"]
 
 
 @role

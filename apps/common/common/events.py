@@ -54,9 +54,10 @@ class Sink(Protocol):
 class Sender(FluentSender):  # type: ignore[misc]
     """fluent-logger's asynchronous sender, with another thread and another end.
 
-    Follows 0.11.1, whose emit() packs an event and puts it into a bounded queue. Its `_send_loop`
-    sends each event alone, and its close() waits for as long as every one of them takes to fail;
-    both are overridden here. `_batch` belongs to the thread.
+    In 0.11.1, emit() packs an event, and `_send` puts it into a bounded queue. Three methods are
+    replaced: `_send_loop`, which sends each event alone; close(), which waits until each of them
+    was sent or failed; and `_send`, which does not count what it refuses. No other module uses
+    fluent-logger's private parts. `_batch` belongs to the thread.
     """
 
     _closed: bool

@@ -1,5 +1,6 @@
 """What the sender of events promises, against a collector that can leave, hang and return."""
 
+import inspect
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 from common import events
 from common.events import DROPPED, Event, Sender
+from fluent.asyncsender import FluentSender
 
 DEADLINE = 5  # seconds any promise may take
 
@@ -275,6 +277,31 @@ def test_closing_an_idle_sender_is_quick(sender: Sender, collector: Collector, s
     started = time.monotonic()
     sender.close()
     assert time.monotonic() - started < 1
+    assert not sender._send_thread.is_alive()
+
+
+def test_fluent_logger_calls_what_is_replaced(collector: Collector) -> None:
+    """Else another fluent-logger works in another way: see what Sender has to replace now."""
+    called = set()
+
+    class Watched(Sender):
+        def _send(self, bytes_: bytes) -> bool:
+            called.add("_send")
+            return super()._send(bytes_)
+
+        def _send_loop(self) -> None:
+            called.add("_send_loop")
+            super()._send_loop()
+
+    for name in "_send", "_send_loop":
+        ours, theirs = (inspect.signature(getattr(one, name)) for one in (Sender, FluentSender))
+        assert list(ours.parameters) == list(theirs.parameters)
+    sender = Watched("publisher", "127.0.0.1", collector.port)
+    assert called == {"_send_loop"}
+    emit(sender, range(1))
+    assert called >= {"_send", "_send_loop"}
+    eventually(lambda: collector.numbers == [0])
+    sender.close()
     assert not sender._send_thread.is_alive()
 
 

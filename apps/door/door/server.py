@@ -2,6 +2,8 @@
 """The HTTP server of a door: gevent's pywsgi with limits, and a graceful end.
 
 A request costs a greenlet, not a thread, so that slow clients and long polls keep nobody waiting.
+Body, Handler and Server replace parts of pywsgi, some of them private; each says why. The test
+test_gevent_calls_what_is_replaced fails when another gevent no longer calls one of them.
 """
 
 import json
@@ -171,7 +173,7 @@ class Body(Input):
         return bool(self.position < (self.content_length or 0))
 
     def _discard(self) -> None:
-        pass
+        """Read nothing: handle_one_response ends the connection where a part is unread."""
 
     def _chunked_read(self, length: int | None = None, _use_readline: bool = False) -> bytes:
         """Read at most length bytes of chunks (RFC 9112, section 7.1); raises OSError.
@@ -489,8 +491,6 @@ def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserv
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # pika reports each failure in several lines; the Link has one for each.
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)

@@ -23,15 +23,6 @@ def test_the_password_is_not_shown() -> None:
     assert "s3cret" not in repr(settings)
 
 
-def test_parameters_carry_every_setting_and_the_connection_s_name() -> None:
-    env = {**LOGIN, "RABBITMQ_HOST": "h", "RABBITMQ_PORT": "1", "RABBITMQ_HEARTBEAT": "3"}
-    parameters = BrokerSettings.read(Environment(env)).parameters("publisher")
-    assert (parameters.host, parameters.port, parameters.heartbeat) == ("h", 1, 3)
-    assert parameters.credentials.username == "waiter"
-    assert parameters.credentials.password == "s3cret"
-    assert parameters.client_properties == {"connection_name": "publisher"}
-
-
 def test_events_go_nowhere_until_a_collector_is_named() -> None:
     assert EventSettings.read(Environment({})) == EventSettings(None, 24224)
     env = {"FLUENTD_HOST": "fluentd", "FLUENTD_PORT": "1"}

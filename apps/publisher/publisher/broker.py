@@ -13,13 +13,10 @@ from itertools import takewhile
 from typing import Any
 
 from door import BrokerUnavailable
-from door.amqp import Link
+from door.amqp import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties, Channel, Link, Method
 from door.metrics import BROKER_UP
 from gevent import get_hub
 from gevent.event import Event
-from pika.channel import Channel
-from pika.frame import Method
-from pika.spec import Basic, BasicProperties
 
 from publisher.settings import Settings
 
@@ -250,7 +247,7 @@ class Broker(Link):
             BasicProperties(
                 content_type=message.content_type,
                 content_encoding=message.content_encoding,
-                delivery_mode=2,
+                delivery_mode=PERSISTENT_DELIVERY_MODE,
                 message_id=message.id,
                 headers=message.headers,
             ),

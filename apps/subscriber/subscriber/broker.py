@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 import gevent
 from door import BrokerUnavailable
-from door.amqp import Link
+from door.amqp import AMQPError, Basic, BasicProperties, Channel, Link
 from door.clients import CONNECTION, SHARE
 from door.memory import Grant, Memory, OutOfMemory
 from gevent.event import Event
-from pika.channel import Channel
-from pika.exceptions import AMQPError
-from pika.spec import Basic, BasicProperties
 
 from subscriber.delivery import Delivery, Handle
 from subscriber.line import Line, Waiter

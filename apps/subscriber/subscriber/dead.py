@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
+from door.amqp import PERSISTENT_DELIVERY_MODE, AMQPError, Basic, BasicProperties, Channel
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
-from pika.channel import Channel
-from pika.exceptions import AMQPError
-from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery

@@ -14,9 +14,8 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from common.events import REQUEST_ID, Value, good_id
+from door.amqp import BasicProperties, Channel
 from door.memory import Grant
-from pika.channel import Channel
-from pika.spec import BasicProperties
 
 # A line of JSON has this many bytes at most besides the message: whether it was handed out before,
 # and a receipt.

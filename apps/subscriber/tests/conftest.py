@@ -1,6 +1,5 @@
 """RabbitMQ in memory at the other end of pika's own connection; tests say when it is heard."""
 
-import logging
 import socketserver
 import threading
 from collections import defaultdict, deque
@@ -19,9 +18,6 @@ from pika.adapters.utils.nbio_interface import AbstractIOServices
 from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection
 from subscriber.broker import Broker
 from subscriber.settings import Settings
-
-# As the door's server does: pika reports each failure in several lines.
-logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 @dataclass(eq=False)
