@@ -210,6 +210,14 @@ class Link:
             self.lost(reason)
             connection.cut(reason)
 
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Give the connection up when the block cannot use it."""
+        try:
+            yield
+        except AMQPError as error:
+            self.drop(error)
+
     def _keep_connected(self) -> None:
         while not self._stopping:
             try:

@@ -325,6 +325,17 @@ class Wire:
         gevent.spawn(self.lose)
 
 
+def asked(wire: Wire) -> list[int]:
+    """Return for how many messages each basic.get and each consumer asked."""
+    found = []
+    for method in [one for write in wire.writes for one in write]:
+        if isinstance(method, Basic.Qos):
+            prefetch = method.prefetch_count
+        elif isinstance(method, Basic.Get | Basic.Consume):
+            found.append(1 if isinstance(method, Basic.Get) else prefetch)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _no_callback_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail when a callback of the event loop does, which else is only printed."""
@@ -348,8 +359,13 @@ def rabbit() -> Iterator[Rabbit]:
 
 
 @pytest.fixture
-def broker() -> Iterator[Broker]:
-    broker = Broker(Settings(), Memory(2**40))
+def receive_timeout() -> float:
+    return Settings.receive_timeout
+
+
+@pytest.fixture
+def broker(receive_timeout: float) -> Iterator[Broker]:
+    broker = Broker(Settings(receive_timeout=receive_timeout), Memory(2**40))
     yield broker
     broker.lost("the test is over")
 
