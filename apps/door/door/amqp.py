@@ -91,7 +91,7 @@ pika.data.encode_value = encode_value
 
 
 class JoinedConnection(GeventConnection):
-    """pika's connection, with the use of its private parts: all of it is here.
+    """pika's connection; nothing else uses private parts of it.
 
     _adapter_emit_data is replaced: pika 1.4.4 gives each frame to the system alone, so a message
     is three TCP segments, and reading them costs the broker more than the message. Connection
@@ -160,7 +160,7 @@ class Link:
         self._keeper: gevent.Greenlet | None = None
         self._stopping = False
         self._logged = ""
-        # The first connection's, kept because every new one would leave a pipe open.
+        # The first connection's event loop: each new one would leave a pipe open.
         self._ioloop: Any = None
         BROKER_UP.set(0)
 
@@ -254,8 +254,8 @@ class Link:
         self.opened(channel)
 
     def _channel_closed(self, channel: Channel, reason: Exception) -> None:
-        # What it needs is missing or forbidden, and may come back. The connection's own end is
-        # reported elsewhere.
+        # A queue or a right is missing and may come back: connect again. If the connection itself
+        # has ended, _hold_connection knows.
         if isinstance(reason, ChannelClosedByBroker):
             self.lost(reason)
             channel.connection.cut(reason)

@@ -44,14 +44,14 @@ SMALL_HEADERS, HEADER_COPIES = 2048, 4
 # Clients that the system may accept for this program, and that may then wait for their turn. The
 # system lets further ones try again, which takes them a second.
 BACKLOG = 4096
-# Workers take one client after the other, so that they share them; where more than MANY wait, each
-# takes so many at a time.
+# A worker accepts one client at a time, so that the workers share them; while more than MANY wait,
+# it accepts MANY at a time.
 MANY = 64
 # Seconds a client may take for its next request, to send all of its headers, or a part of its body
 # (door.call), and to read its whole response.
 CLIENT_TIMEOUT = 30
-# Bytes of a response that the system may take before the client did. Left to itself it takes
-# megabytes, and a message would count as written before its client has seen any of it.
+# Bytes of a response that the system may hold for a client. By default it holds megabytes, and a
+# message would count as written before its client has seen any of it.
 SEND_BUFFER = 65536
 # Seconds a client for whom there is no room gets to take that answer.
 REFUSAL_TIMEOUT = 0.1
@@ -127,7 +127,7 @@ class Headers:
                     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                     f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes are taken.",
                 )
-            # An unfinished line is the end of what came, and may be long: the pattern is slow.
+            # A line without an end may be long, and the pattern is slow: it is not tried.
             match = HEADER.fullmatch(line) if line.endswith(b"\n") else None
             if match is None:
                 raise Refused(HTTPStatus.BAD_REQUEST, "A header cannot be read.")
@@ -216,7 +216,7 @@ class Handler(WSGIHandler):
     path: Any
     status: Any
     response_headers: Any
-    # A slow client is not an error of this program; a time-out has no errno but this text.
+    # gevent logs other errors as this program's. A time-out has this text in place of an errno.
     ignored_socket_errors: Any = (*WSGIHandler.ignored_socket_errors, "timed out")
 
     def __init__(self, sock: Any, address: Any, server: Any, grant: Grant) -> None:
@@ -264,7 +264,7 @@ class Handler(WSGIHandler):
     def read_requestline(self) -> str:
         """Read the first line of a request; an empty one before it is skipped (RFC 9112, 2.2)."""
         self.server.clients.idle.begin(self)
-        # Where it is there, no timer has to be started.
+        # A line that is there already needs no timer.
         if b"\n" in self.rfile.peek():
             return self._read_line()
         with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
@@ -548,7 +548,7 @@ def _supervise(work: Callable[[int], None], count: int) -> None:
     for number in signals:
         signal.signal(number, stop)
     while workers or not stopping:
-        # Else a signal between the fork and the note of it would miss a worker.
+        # A signal between the fork and its entry in workers would miss that worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         for slot in set(range(count)).difference(workers.values()):
             if stopping:

@@ -48,7 +48,7 @@ class Dead:
         return seen
 
     def redrive(self, most: int) -> int:
-        """Send at most most messages back to the queue that they came from; how many.
+        """Send at most most messages back to the queue that they came from; return how many.
 
         Each is published anew, and leaves the dead queue once the broker has confirmed it. The
         broker's own way, a reject, would depend on policies, and RabbitMQ 4.3 would go on counting

@@ -51,8 +51,8 @@ class Fetch:
     many, which is cancelled when it has brought them, so that none is taken off the queue unasked.
 
     A message holds memory from when it came until it was written. What a burst is expected to
-    bring is held before; what comes beyond that goes back to the queue. A get brings the one
-    message at a time that may come before memory is held for it.
+    bring is held before; what comes beyond that goes back to the queue. Only a get may bring a
+    message before memory is held for it, and the next get waits until it is.
     """
 
     def __init__(

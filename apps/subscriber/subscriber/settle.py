@@ -10,8 +10,8 @@ from door.amqp import Link
 
 from subscriber.delivery import Delivery, Handle
 
-# Tags with what is said of each: of an acknowledgement, whether it is for all up to the tag; of a
-# rejection, whether the message goes back to the queue.
+# Delivery tags, each with a flag: multiple (all up to the tag) with an acknowledgement, requeue
+# with a rejection.
 Said = list[tuple[int, bool]]
 
 
