@@ -48,7 +48,7 @@ lint: .venv/.test
 	ansible-lint --offline
 	ruff check
 	ruff format --check
-	mypy apps/collector/collector apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
+	mypy apps/collector/collector apps/common/common apps/door/door apps/exporter/exporter apps/publisher/publisher apps/subscriber/subscriber bench
 	mypy plugins
 	mypy roles/backup/files/archive.py
 
@@ -105,7 +105,7 @@ COMPILE = uv pip compile --quiet $(UPGRADE) --universal --generate-hashes --pyth
 requirements: .venv/.test
 	$(COMPILE) apps/collector/pyproject.toml --output-file apps/collector/requirements.txt
 	$(COMPILE) apps/exporter/pyproject.toml --output-file apps/exporter/requirements.txt
-	$(COMPILE) apps/publisher/pyproject.toml --output-file apps/publisher/requirements.txt
-	$(COMPILE) apps/subscriber/pyproject.toml --output-file apps/subscriber/requirements.txt
+	$(COMPILE) --extra events apps/{common,door,publisher}/pyproject.toml --output-file apps/publisher/requirements.txt
+	$(COMPILE) --extra events apps/{common,door,subscriber}/pyproject.toml --output-file apps/subscriber/requirements.txt
 	$(COMPILE) pyproject.toml --output-file requirements.txt
-	$(COMPILE) --extra dev pyproject.toml apps/*/pyproject.toml --constraint requirements.txt --output-file requirements-dev.txt
+	$(COMPILE) --extra dev --extra events pyproject.toml apps/*/pyproject.toml --constraint requirements.txt --output-file requirements-dev.txt

@@ -207,7 +207,9 @@ def app(name: str, *command: str) -> Iterator[App]:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         environment = {
-            "PYTHONPATH": os.pathsep.join(str(ROOT / "apps" / part) for part in ("door", name)),
+            "PYTHONPATH": os.pathsep.join(
+                str(ROOT / "apps" / part) for part in ("common", "door", name)
+            ),
             "PORT": str(port),
             "WORKERS": "2",
             "RABBITMQ_USER": name,

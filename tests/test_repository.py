@@ -1,5 +1,6 @@
 """The tree is what its own map says, and ties nobody to a place that only some can reach."""
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -51,6 +52,35 @@ def test_every_app_has_requirements() -> None:
     apps = {path.parent for path in ROOT.glob("apps/*/Dockerfile")}
     assert apps
     assert apps <= {path.parent for path in REQUIREMENTS}
+
+
+def imported(module: Path) -> set[str]:
+    """Return the top-level modules that module imports."""
+    nodes = list(ast.walk(ast.parse(module.read_text())))
+    names = [one.name for node in nodes if isinstance(node, ast.Import) for one in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("app", ["collector", "exporter", "publisher", "subscriber"])
+def test_an_image_has_each_app_that_its_program_imports(app: str) -> None:
+    catalogue = yaml.safe_load((ROOT / "roles/stack/vars/main.yml").read_text())
+    containers = catalogue["stack_containers"]
+    contexts = containers.get(app, containers["fluentd"])["image"]["contexts"]
+    parts = {Path(context).name for context in contexts}
+    copied = re.findall(
+        r"^COPY (\w+)/ /app/\1/$", (ROOT / f"apps/{app}/Dockerfile").read_text(), re.M
+    )
+    assert set(copied) == parts
+    ours = {path.name for path in (ROOT / "apps").iterdir()}
+    modules = [path for part in parts for path in ROOT.glob(f"apps/{part}/{part}/*.py")]
+    assert ours & set().union(*map(imported, modules)) <= parts
+
+
+def test_one_module_of_the_programs_imports_pika() -> None:
+    modules = [path for path in ROOT.glob("apps/*/**/*.py") if "tests" not in path.parts]
+    importing = [path for path in modules if "pika" in imported(path)]
+    assert importing == [ROOT / "apps/door/door/amqp.py"]
 
 
 @role

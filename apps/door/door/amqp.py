@@ -1,5 +1,10 @@
 # mypy: disable-error-code=no-untyped-call
-"""One connection to the broker, renewed for as long as it takes; each process of a door has one."""
+"""pika: what is replaced in it, and Link, one connection to the broker that is renewed.
+
+No other module imports pika: the others take from here what they need of it, so that a move to
+another version changes this file alone. tests/test_amqp.py fails when a version no longer calls
+what is replaced here.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -10,26 +15,46 @@ from typing import Any
 import gevent
 import pika.data
 from gevent.event import AsyncResult
+from pika import ConnectionParameters, PlainCredentials
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel
-from pika.connection import Connection
-from pika.exceptions import ChannelClosedByBroker
+from pika.exceptions import AMQPError, ChannelClosedByBroker
+from pika.frame import Method
+from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
 from door.metrics import BROKER_UP
 from door.settings import BrokerSettings
 
+__all__ = [
+    "PERSISTENT_DELIVERY_MODE",
+    "AMQPError",
+    "Basic",
+    "BasicProperties",
+    "Channel",
+    "Link",
+    "Method",
+]
+
 log = logging.getLogger(__name__)
 
+# pika reports each failure in several lines; the Link has one for each.
+logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+# Seconds between two attempts to connect: doubled from the first to the last.
+FIRST_RETRY, LAST_RETRY = 0.2, 2.0
+
+# struct's formats of the floats in AMQP's headers.
 FLOATS = {b"f": ">f", b"d": ">d"}
 
 _decode_value = pika.data.decode_value
+_encode_value = pika.data.encode_value
 
 
 def decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
-    """Read one value of a header as pika does, which fails on numbers and times without an int.
+    """Read one value of a message's headers; replaces pika.data.decode_value.
 
-    pika 1.4.4 makes ints of floats and takes a time beyond the year 9999 for an error, which ends
-    the connection: any program may have sent a message with one.
+    pika 1.4.4 makes ints of floats, and fails on NaN, on infinity, on a time beyond the year 9999
+    and on deep nesting. A failure ends the connection, and any program may send such a message.
     """
     kind, start = encoded[offset : offset + 1], offset + 1
     if kind in FLOATS:
@@ -46,13 +71,12 @@ def decode_value(encoded: bytes, offset: int) -> tuple[Any, int]:
         return None, start + 4 + unpack_from(">I", encoded, start)[0]
 
 
-pika.data.decode_value = decode_value
-
-_encode_value = pika.data.encode_value
-
-
 def encode_value(pieces: list[bytes], value: Any) -> int:
-    """Write one value of a header as pika does, which fails on what decode_value reads besides."""
+    """Write one value of a message's headers; replaces pika.data.encode_value.
+
+    pika 1.4.4 fails on the floats and the late times that decode_value reads; a message from the
+    dead queue is published again with them.
+    """
     if isinstance(value, float):
         pieces.append(pack(">cd", b"d", value))
     elif isinstance(value, int) and value >= 2**63:  # a time beyond the year 9999
@@ -62,18 +86,17 @@ def encode_value(pieces: list[bytes], value: Any) -> int:
     return 9
 
 
+pika.data.decode_value = decode_value
 pika.data.encode_value = encode_value
-
-# Seconds between two attempts to connect: doubled from the first to the last.
-FIRST_RETRY, LAST_RETRY = 0.2, 2.0
 
 
 class JoinedConnection(GeventConnection):
-    """pika's connection, which can send many methods by one call of the system.
+    """pika's connection; nothing else uses private parts of it.
 
-    pika 1.4.4 gives each frame to the system alone: a message is three TCP segments, and reading
-    them costs the broker more than the message. This overrides `_adapter_emit_data`, by which
-    every adapter of pika sends what Connection has marshaled, and nothing else of it.
+    _adapter_emit_data is replaced: pika 1.4.4 gives each frame to the system alone, so a message
+    is three TCP segments, and reading them costs the broker more than the message. Connection
+    sends by that method all that it has marshaled. _transport and _terminate_stream are used, as
+    there is no public way to see what is unwritten, and none to end without a handshake.
     """
 
     _parts: list[bytes] | None = None
@@ -95,11 +118,30 @@ class JoinedConnection(GeventConnection):
         """Bytes that were sent and that the system did not take yet."""
         return 0 if self._transport is None else int(self._transport.get_write_buffer_size())
 
+    def cut(self, reason: Exception) -> None:
+        """End at once for reason, as pika does without heartbeats; nothing when cut already."""
+        if self._transport is not None:
+            self._terminate_stream(reason)
+
     def _adapter_emit_data(self, data: bytes) -> None:
         if self._parts is None:
             super()._adapter_emit_data(data)
         else:
             self._parts.append(data)
+
+
+def parameters(broker: BrokerSettings, name: str) -> ConnectionParameters:
+    """Return pika's parameters for one attempt to connect, shown to operators as name."""
+    return ConnectionParameters(
+        host=broker.host,
+        port=broker.port,
+        credentials=PlainCredentials(broker.user, broker.password),
+        heartbeat=broker.heartbeat,
+        connection_attempts=1,
+        socket_timeout=3,
+        stack_timeout=4,
+        client_properties={"connection_name": name},
+    )
 
 
 class Link:
@@ -118,7 +160,7 @@ class Link:
         self._keeper: gevent.Greenlet | None = None
         self._stopping = False
         self._logged = ""
-        # The first connection's, kept because every new one would leave a pipe open.
+        # The first connection's event loop: each new one would leave a pipe open.
         self._ioloop: Any = None
         BROKER_UP.set(0)
 
@@ -166,7 +208,15 @@ class Link:
         if self.channel is not None:
             connection = self.channel.connection
             self.lost(reason)
-            _cut(connection, reason)
+            connection.cut(reason)
+
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Give the connection up when the block cannot use it."""
+        try:
+            yield
+        except AMQPError as error:
+            self.drop(error)
 
     def _keep_connected(self) -> None:
         while not self._stopping:
@@ -186,7 +236,7 @@ class Link:
         """Connect, wait until the connection has ended, and return why it did."""
         ended = AsyncResult()
         connection = JoinedConnection(
-            self._broker.parameters(self._name),
+            parameters(self._broker, self._name),
             on_open_callback=self._connected,
             on_open_error_callback=lambda _connection, reason: ended.set(reason),
             on_close_callback=lambda _connection, reason: ended.set(reason),
@@ -196,7 +246,7 @@ class Link:
         reason: Exception = ended.get()
         return reason
 
-    def _connected(self, connection: Connection) -> None:
+    def _connected(self, connection: JoinedConnection) -> None:
         connection.channel(on_open_callback=self._channel_opened)
 
     def _channel_opened(self, channel: Channel) -> None:
@@ -204,15 +254,8 @@ class Link:
         self.opened(channel)
 
     def _channel_closed(self, channel: Channel, reason: Exception) -> None:
-        # What it needs is missing or forbidden, and may come back. The connection's own end is
-        # reported elsewhere.
+        # A queue or a right is missing and may come back: connect again. If the connection itself
+        # has ended, _hold_connection knows.
         if isinstance(reason, ChannelClosedByBroker):
             self.lost(reason)
-            _cut(channel.connection, reason)
-
-
-def _cut(connection: Connection, reason: Exception) -> None:
-    """Cut connection unless it is cut already, as it is while pika still has to tell of it."""
-    if connection._transport is not None:
-        # pika's heartbeat checker does the same; there is no public way.
-        connection._terminate_stream(reason)
+            channel.connection.cut(reason)

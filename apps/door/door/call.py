@@ -8,11 +8,11 @@ from socket import socket
 from typing import IO, Any, NoReturn, Protocol
 from urllib.parse import parse_qsl
 
+from common.events import Event
 from gevent import Timeout, sleep
 from werkzeug.exceptions import HTTPException, RequestTimeout, abort
 
 from door import BrokerUnavailable
-from door.events import Event
 from door.memory import RETRY_AFTER, Grant, Memory, OutOfMemory
 from door.server import CLIENT, CLIENT_TIMEOUT, Body
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
+from common.events import REQUEST_ID, Event, Sink
 from werkzeug.exceptions import HTTPException, InternalServerError
 
 from door import BrokerUnavailable, metrics
 from door.call import Call, Routes, failed
-from door.events import REQUEST_ID, Event, Sink
 from door.server import Application
 from door.settings import Access
 

@@ -2,6 +2,8 @@
 """The HTTP server of a door: gevent's pywsgi with limits, and a graceful end.
 
 A request costs a greenlet, not a thread, so that slow clients and long polls keep nobody waiting.
+Body, Handler and Server replace parts of pywsgi, some of them private; each says why. The test
+test_gevent_calls_what_is_replaced fails when another gevent no longer calls one of them.
 """
 
 import json
@@ -42,14 +44,14 @@ SMALL_HEADERS, HEADER_COPIES = 2048, 4
 # Clients that the system may accept for this program, and that may then wait for their turn. The
 # system lets further ones try again, which takes them a second.
 BACKLOG = 4096
-# Workers take one client after the other, so that they share them; where more than MANY wait, each
-# takes so many at a time.
+# A worker accepts one client at a time, so that the workers share them; while more than MANY wait,
+# it accepts MANY at a time.
 MANY = 64
 # Seconds a client may take for its next request, to send all of its headers, or a part of its body
 # (door.call), and to read its whole response.
 CLIENT_TIMEOUT = 30
-# Bytes of a response that the system may take before the client did. Left to itself it takes
-# megabytes, and a message would count as written before its client has seen any of it.
+# Bytes of a response that the system may hold for a client. By default it holds megabytes, and a
+# message would count as written before its client has seen any of it.
 SEND_BUFFER = 65536
 # Seconds a client for whom there is no room gets to take that answer.
 REFUSAL_TIMEOUT = 0.1
@@ -132,7 +134,7 @@ class Headers:
                     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                     f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes are taken.",
                 )
-            # An unfinished line is the end of what came, and may be long: the pattern is slow.
+            # A line without an end may be long, and the pattern is slow: it is not tried.
             match = HEADER.fullmatch(line) if line.endswith(b"\n") else None
             if match is None:
                 raise Refused(HTTPStatus.BAD_REQUEST, "A header cannot be read.")
@@ -178,7 +180,7 @@ class Body(Input):
         return bool(self.position < (self.content_length or 0))
 
     def _discard(self) -> None:
-        pass
+        """Read nothing: handle_one_response ends the connection where a part is unread."""
 
     def _chunked_read(self, length: int | None = None, _use_readline: bool = False) -> bytes:
         """Read at most length bytes of chunks (RFC 9112, section 7.1); raises OSError.
@@ -221,7 +223,7 @@ class Handler(WSGIHandler):
     path: Any
     status: Any
     response_headers: Any
-    # A slow client is not an error of this program; a time-out has no errno but this text.
+    # gevent logs other errors as this program's. A time-out has this text in place of an errno.
     ignored_socket_errors: Any = (*WSGIHandler.ignored_socket_errors, "timed out")
 
     def __init__(self, sock: Any, address: Any, server: Any, grant: Grant) -> None:
@@ -269,7 +271,7 @@ class Handler(WSGIHandler):
     def read_requestline(self) -> str:
         """Read the first line of a request; an empty one before it is skipped (RFC 9112, 2.2)."""
         self.server.clients.idle.begin(self)
-        # Where it is there, no timer has to be started.
+        # A line that is there already needs no timer.
         if b"\n" in self.rfile.peek():
             return self._read_line()
         with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
@@ -496,8 +498,6 @@ def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserv
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    # pika reports each failure in several lines; the Link has one for each.
-    logging.getLogger("pika").setLevel(logging.CRITICAL)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     listener = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)
@@ -558,7 +558,7 @@ def _supervise(work: Callable[[int], None], count: int) -> None:
     for number in signals:
         signal.signal(number, stop)
     while workers or not stopping:
-        # Else a signal between the fork and the note of it would miss a worker.
+        # A signal between the fork and its entry in workers would miss that worker.
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         for slot in set(range(count)).difference(workers.values()):
             if stopping:

@@ -5,9 +5,8 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from typing import Self
 
-import pika
+from common.environment import Environment
 
-from door.environment import Environment
 from door.memory import MIB
 
 
@@ -31,19 +30,6 @@ class BrokerSettings:
             user=env.text("RABBITMQ_USER"),
             password=env.secret("RABBITMQ_PASSWORD"),
             heartbeat=env.number("RABBITMQ_HEARTBEAT", cls.heartbeat, 1, 600),
-        )
-
-    def parameters(self, name: str) -> pika.ConnectionParameters:
-        """Return pika's parameters for one attempt to connect, shown to operators as name."""
-        return pika.ConnectionParameters(
-            host=self.host,
-            port=self.port,
-            credentials=pika.PlainCredentials(self.user, self.password),
-            heartbeat=self.heartbeat,
-            connection_attempts=1,
-            socket_timeout=3,
-            stack_timeout=4,
-            client_properties={"connection_name": name},
         )
 
 

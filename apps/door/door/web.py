@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
+from common.events import REQUEST_ID, Event, Sink
 from flask import Flask, Response, g, request
 from werkzeug.datastructures import Headers, WWWAuthenticate
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, Unauthorized
@@ -11,7 +12,6 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, Unauthorized
 from door import BrokerUnavailable, metrics
 from door.call import Answer, Call, Route, Routes, failed, json_answer
 from door.direct import Direct
-from door.events import REQUEST_ID, Event, Sink
 from door.memory import RETRY_AFTER
 from door.settings import Access
 

@@ -1,5 +1,6 @@
 """What the server of a door promises to its clients and to its supervisor, over real sockets."""
 
+import inspect
 import json
 import os
 import resource
@@ -19,12 +20,13 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import gevent
+import gevent.socket
 import pytest
+from common.events import Event
 from door.call import Call
 from door.clients import Clients
-from door.events import Event
 from door.memory import BASE, MIB, Memory
-from door.server import Body, Handler
+from door.server import Body, Handler, Server
 
 DEADLINE = 5  # seconds any promise may take
 LIMIT = 512 * MIB  # bytes of the container
@@ -548,6 +550,71 @@ def test_little_is_read_of_a_chunked_body_between_two_turns_of_others(extension:
         watcher.kill()
     seen.append(body.rfile.tell())
     assert max(after - before for before, after in pairwise(seen)) < 2**20
+
+
+# What door.server replaces of gevent.
+REPLACED = {
+    Body: ["_chunked_read", "_discard"],
+    Handler: [
+        "_handle_client_error",
+        "_sendall",
+        "_write_with_headers",
+        "get_environ",
+        "handle_one_request",
+        "handle_one_response",
+        "log_request",
+        "read_request",
+        "read_requestline",
+    ],
+    Server: ["_do_read", "do_handle", "handle"],
+}
+CHUNKS = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+
+
+def test_gevent_calls_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another gevent does it in another way: see what door.server has to replace now."""
+    called: set[tuple[type, str]] = set()
+
+    def watch(kind: Any, name: str) -> None:
+        function = getattr(kind, name)
+
+        def call(*args: Any) -> Any:
+            # What the event loop calls has no caller.
+            caller = inspect.stack(0)[1:2]
+            if not caller or caller[0].frame.f_globals["__name__"].startswith("gevent."):
+                called.add((kind, name))
+            return function(*args)
+
+        monkeypatch.setattr(kind, name, call)
+
+    def application(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [])
+        return [environ["wsgi.input"].read(), b"y"]
+
+    for kind, names in REPLACED.items():
+        for name in names:
+            arguments(getattr(kind, name), getattr(kind.__base__, name))
+            watch(kind, name)
+    server = Server(("127.0.0.1", 0), application, Memory(64 * MIB), log=None)
+    server.start()
+    with gevent.Timeout(DEADLINE):
+        client = gevent.socket.create_connection(("127.0.0.1", server.server_port))
+        client.sendall(CHUNKS + b"bad\r\n\r\n")
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    client.close()
+    server.stop(timeout=1)
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"HTTP/1.1 400 " in answer
+    assert {(kind, name) for kind in REPLACED for name in REPLACED[kind]} - called == set()
+
+
+def arguments(ours: Any, gevent_s: Any) -> None:
+    """Assert that ours takes what gevent's takes."""
+    taken, given = (list(inspect.signature(one).parameters.values()) for one in (ours, gevent_s))
+    if given[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        assert [one.name.strip("_") for one in taken] == [one.name for one in given]
 
 
 def test_what_a_refused_client_still_sends_keeps_nobody_waiting() -> None:

@@ -4,7 +4,7 @@ from base64 import b64encode
 from pathlib import Path
 
 import pytest
-from door.environment import ConfigError, Environment
+from common.environment import ConfigError, Environment
 from door.settings import Access, BrokerSettings, EventSettings
 
 LOGIN = {"RABBITMQ_USER": "waiter", "RABBITMQ_PASSWORD": "s3cret"}
@@ -21,15 +21,6 @@ def test_the_password_is_not_shown() -> None:
     settings = BrokerSettings.read(Environment(LOGIN))
     assert settings.password == "s3cret"
     assert "s3cret" not in repr(settings)
-
-
-def test_parameters_carry_every_setting_and_the_connection_s_name() -> None:
-    env = {**LOGIN, "RABBITMQ_HOST": "h", "RABBITMQ_PORT": "1", "RABBITMQ_HEARTBEAT": "3"}
-    parameters = BrokerSettings.read(Environment(env)).parameters("publisher")
-    assert (parameters.host, parameters.port, parameters.heartbeat) == ("h", 1, 3)
-    assert parameters.credentials.username == "waiter"
-    assert parameters.credentials.password == "s3cret"
-    assert parameters.client_properties == {"connection_name": "publisher"}
 
 
 def test_events_go_nowhere_until_a_collector_is_named() -> None:

@@ -296,7 +296,7 @@ import os, sys, types
 from door.shared import claim
 claim(int(sys.argv[2]))
 import flask
-from door.events import DROPPED
+from common.events import DROPPED
 from door.metrics import BROKER_UP, REQUESTS
 from door.settings import Access
 from door.web import equip

@@ -8,7 +8,7 @@ import signal
 from datetime import UTC, datetime
 
 from aiohttp import web
-from door.environment import ConfigError, leave
+from common.environment import ConfigError, leave
 
 from exporter import __version__
 from exporter.app import create_app

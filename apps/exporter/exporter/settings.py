@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
-from door.environment import ConfigError, Environment
+from common.environment import ConfigError, Environment
 
 MODULES = ("connections", "exchange", "node", "overview", "queue")
 # The levels of the original's logger.

@@ -344,7 +344,7 @@ class Process:
         self._log = folder / "log"
         self.environment = {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": f"{APPS / 'door'}:{APPS / 'exporter'}",
+            "PYTHONPATH": f"{APPS / 'common'}:{APPS / 'exporter'}",
             "PUBLISH_ADDR": "127.0.0.1",
             "PUBLISH_PORT": str(self.port),
             **variables,

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from door.environment import ConfigError
+from common.environment import ConfigError
 from exporter import __version__
 from exporter.settings import Settings
 
@@ -143,7 +143,7 @@ def test_a_login_in_the_url_is_refused_with_where_it_belongs() -> None:
 
 
 def check(**variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": f"{APP.parent / 'door'}:{APP}", "PATH": os.environ["PATH"]}
+    environment = {"PYTHONPATH": f"{APP.parent / 'common'}:{APP}", "PATH": os.environ["PATH"]}
     # -S: without what is installed.
     command = [sys.executable, "-S", "-m", "exporter.settings"]
     return subprocess.run(

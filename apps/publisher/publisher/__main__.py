@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from door.environment import ConfigError, Environment, leave
+from common.environment import ConfigError, Environment, leave
 from door.memory import Memory
 from door.server import Application, serve
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from door import events
+from common import events
 from door.call import Answer, Call, Routes, json_answer
 from door.web import equip
 from flask import Flask, Response
@@ -41,7 +41,7 @@ class Publisher(Protocol):
 def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None = None) -> Flask:
     """Return the app that publishes to broker, by default with the collector of settings."""
     if sink is None:
-        sink = events.start("publisher", settings.events)
+        sink = events.start("publisher", settings.events.host, settings.events.port)
     app = Flask("publisher", static_folder=None)
 
     def begin(call: Call) -> None:

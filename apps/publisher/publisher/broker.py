@@ -13,25 +13,22 @@ from itertools import takewhile
 from typing import Any
 
 from door import BrokerUnavailable
-from door.amqp import Link
+from door.amqp import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties, Channel, Link, Method
 from door.metrics import BROKER_UP
 from gevent import get_hub
 from gevent.event import Event
-from pika.channel import Channel
-from pika.frame import Method
-from pika.spec import Basic, BasicProperties
 
 from publisher.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# Messages that are sent by one flush, so that a batch does not keep everybody else waiting, and by
-# the turn of one request in it. Bytes: when so many are sent, there follows no other message.
+# A flush sends at most MAX_FLUSH messages, so that a batch does not keep the others waiting; a
+# request's turn in it sends at most MAX_TURN. After so many bytes it sends no further message.
 MAX_FLUSH, MAX_FLUSH_BYTES = 500, 1024 * 1024
 MAX_TURN, MAX_TURN_BYTES = 10, 64 * 1024
-# Messages and bytes that wait for their confirms at a time: a new message is behind no more.
+# Messages and bytes that may wait for their confirms at a time: a new one waits behind no more.
 WINDOW, WINDOW_BYTES = 1000, 8 * 1024 * 1024
-# Bytes that pika keeps because the broker does not read: no more is written then.
+# While pika keeps more bytes than this, as the broker does not read them, nothing is sent.
 MAX_UNWRITTEN = 1024 * 1024
 
 UNSENT = "the message was not published"
@@ -102,20 +99,20 @@ class Broker(Link):
         super().__init__(settings.broker, "publisher")
         self._settings = settings
         self._blocked = False
-        # Requests that have had no turn yet, and those that have messages left after one.
+        # Requests without a turn yet, and requests that have had one and have messages left.
         self._fresh: deque[_Sending] = deque()
         self._begun: deque[_Sending] = deque()
-        # Whether the next flush is for the latter alone, as there was no room for them in the last.
+        # Whether the next flush serves _begun alone, because the last one had no room for it.
         self._owed = False
         self._flush_due = False
         # Delivery tag → message, in the order of publishing, so that a multiple ack is a prefix.
         self._unconfirmed: dict[int, tuple[_Sending, int]] = {}
         self._unconfirmed_bytes = 0
-        # Message id → why it was returned, and the last tag at that time: of several messages with
-        # one id that were on their way then, all count as returned.
+        # Message id → why it was returned, and the last tag published by then. basic.return has no
+        # delivery tag: every message in flight with that id counts as returned.
         self._returned: dict[str, tuple[str, int]] = {}
         self._tag = 0
-        # Counts confirms and new channels: unchanged over a whole time-out, the broker is silent.
+        # Counts confirms and new channels. While it stays the same, the broker is silent.
         self._signs = 0
 
     @property
@@ -186,10 +183,10 @@ class Broker(Link):
             get_hub().loop.run_callback(self._flush)
 
     def _flush(self) -> None:
-        """Send some of what waits: new requests first, by half of what is sent if others wait.
+        """Send some of what waits: new requests first, but at most half while begun ones wait.
 
-        What finds no room is sent after a confirm: there is one to come, as the room is taken by
-        what is unconfirmed.
+        What finds no room is sent after the next confirm. One will come: it is unconfirmed
+        messages that take the room.
         """
         self._flush_due = False
         if not self.up:  # a failure has settled all that waited
@@ -207,7 +204,7 @@ class Broker(Link):
                 if not self._owed:
                     taken, sent = self._serve(self._fresh, -(-count // share), -(-size // share))
                 served, _ = self._serve(self._begun, count - taken, size - sent)
-                # A large new message has taken all.
+                # A large new message may have used up the flush.
                 self._owed = waited and not served
         except Exception as error:  # whatever it was, the tags need no longer be pika's
             self.drop(error)
@@ -250,7 +247,7 @@ class Broker(Link):
             BasicProperties(
                 content_type=message.content_type,
                 content_encoding=message.content_encoding,
-                delivery_mode=2,
+                delivery_mode=PERSISTENT_DELIVERY_MODE,
                 message_id=message.id,
                 headers=message.headers,
             ),
@@ -263,7 +260,7 @@ class Broker(Link):
     ) -> None:
         """Remember a message that no queue took; its ack comes after this."""
         reason = f"{method.reply_code} {method.reply_text}"
-        # Anew at the end, so that the oldest tag stands first.
+        # Removed first, so that it is inserted at the end: the oldest tag stands first.
         self._returned.pop(properties.message_id, None)
         self._returned[properties.message_id] = reason, self._tag
 

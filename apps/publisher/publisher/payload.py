@@ -14,8 +14,8 @@ from io import BytesIO
 from typing import NoReturn
 from urllib.parse import unquote_to_bytes
 
+from common.events import REQUEST_ID
 from door.call import PIECE, SHORT, Call
-from door.events import REQUEST_ID
 from gevent import sleep
 from werkzeug.exceptions import RequestEntityTooLarge, abort
 from werkzeug.http import parse_options_header

@@ -22,7 +22,7 @@ import gevent
 import gevent.socket
 import msgpack  # type: ignore[import-untyped]
 import pytest
-from door.environment import ConfigError, Environment
+from common.environment import ConfigError, Environment
 from door.memory import Memory
 from door.server import Body
 from door.settings import Access
@@ -989,7 +989,10 @@ def run(**variables: str) -> "subprocess.Popen[str]":
     """Start the publisher with variables."""
     return subprocess.Popen(
         [sys.executable, "-m", "publisher"],
-        env={"PYTHONPATH": os.pathsep.join(["apps/publisher", "apps/door"]), **variables},
+        env={
+            "PYTHONPATH": os.pathsep.join(["apps/publisher", "apps/door", "apps/common"]),
+            **variables,
+        },
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -1069,7 +1072,7 @@ def post(port: int) -> str:
 
 def test_the_check_before_the_start_counts_as_no_worker() -> None:
     script = "import publisher.__main__, sys; sys.exit('door.web' in sys.modules)"
-    folders = os.pathsep.join(["apps/publisher", "apps/door"])
+    folders = os.pathsep.join(["apps/publisher", "apps/door", "apps/common"])
     subprocess.run(
         [sys.executable, "-c", script], env={"PYTHONPATH": folders}, cwd=PROJECT, check=True
     )

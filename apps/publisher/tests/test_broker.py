@@ -22,7 +22,6 @@ DEADLINE = 3  # seconds any promise may take
 class Connection:
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
-        self._transport = object()
         self.unwritten = 0
         # How many messages left in each piece.
         self.pieces: list[int] = []
@@ -40,7 +39,7 @@ class Connection:
     def add_on_connection_unblocked_callback(self, callback: Any) -> None:
         self._unblocked = callback
 
-    def _terminate_stream(self, reason: Exception) -> None:
+    def cut(self, reason: Exception) -> None:
         self.cut_because = reason
 
     def block(self) -> None:

@@ -1,6 +1,6 @@
 """Serve the subscriber until SIGTERM: `python3 -m subscriber`."""
 
-from door.environment import ConfigError, Environment, leave
+from common.environment import ConfigError, Environment, leave
 from door.memory import Memory
 from door.server import Application, serve
 

@@ -3,7 +3,7 @@
 import json
 import time
 
-from door import events
+from common import events
 from door.call import Answer, Call, json_answer
 from door.memory import Memory
 from door.web import equip
@@ -46,7 +46,7 @@ def create_app(
 ) -> Flask:
     """Return the app that hands out broker's messages, by default with settings' collector."""
     if sink is None:
-        sink = events.start("subscriber", settings.events)
+        sink = events.start("subscriber", settings.events.host, settings.events.port)
     app = Flask("subscriber", static_folder=None)
     door = Subscriber(broker, settings, memory)
     routes = {

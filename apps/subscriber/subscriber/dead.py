@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
+from door.amqp import PERSISTENT_DELIVERY_MODE, AMQPError, Basic, BasicProperties, Channel
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
-from pika.channel import Channel
-from pika.exceptions import AMQPError
-from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
@@ -50,7 +48,7 @@ class Dead:
         return seen
 
     def redrive(self, most: int) -> int:
-        """Send at most most messages back to the queue that they came from; how many.
+        """Send at most most messages back to the queue that they came from; return how many.
 
         Each is published anew, and leaves the dead queue once the broker has confirmed it. The
         broker's own way, a reject, would depend on policies, and RabbitMQ 4.3 would go on counting

@@ -13,22 +13,20 @@ from functools import cached_property
 from json.encoder import encode_basestring
 from typing import Any
 
-from door.events import REQUEST_ID, Value, good_id
+from common.events import REQUEST_ID, Value, good_id
+from door.amqp import BasicProperties, Channel
 from door.memory import Grant
-from pika.channel import Channel
-from pika.spec import BasicProperties
 
-# A line of JSON has this many bytes at most besides the message: whether it was handed out before,
-# and a receipt.
+# Bytes of a line of JSON besides the message, at most: its members redelivered and receipt.
 RECEIPT_ROOM = 80
-# Bytes of a body that are told at a time: what they become on the way is several times as much.
+# Bytes of a body that are made JSON at a time, which takes several times as much memory.
 PIECE = 64 * 1024
 # Bytes of base64's pieces: a multiple of 3, so that they can be joined.
 TRIPLES = 48 * 1024
 # Bytes that a message takes besides its body and headers.
 OVERHEAD = 2048
 
-# What else a message's sender may have set, by AMQP's names.
+# AMQP's properties that a line of JSON has only where the sender set them.
 OPTIONAL = (
     "correlation_id",
     "reply_to",
@@ -234,7 +232,7 @@ def dump(told: str) -> bytes:
         return told.encode()
     for end, escape in LINE_ENDS.items():
         told = told.replace(end, escape)
-    # A surrogate's escape is JSON's.
+    # Python's escape of a lone surrogate is JSON's, too.
     return told.encode(errors="backslashreplace")
 
 

@@ -11,7 +11,7 @@ from socket import socket
 from typing import Protocol
 
 import gevent
-from door import events
+from common import events
 
 HUNG_UP = "the client hung up"
 # Signs of poll(2): the connection is gone; and the client sends no more, which may be all it

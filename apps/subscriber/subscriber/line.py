@@ -15,7 +15,7 @@ class Waiter:
 
     want: int
     room: float
-    # Whether it goes on waiting although the queue is empty, while it has nothing.
+    # Whether an empty queue does not end its wait: a long poll that has no message yet.
     patient: bool
     # Where its client is.
     address: str = ""
@@ -76,10 +76,10 @@ class Turns:
 
 
 class Line:
-    """Requests in turns, or else messages in the order of the queue.
+    """Requests that wait for messages, or messages that wait for a request; never both.
 
-    So an address with hundreds of requests keeps another one waiting for one of them. Nobody waits
-    while a message is held here, because requests take from those first.
+    Addresses take turns: one with hundreds of requests delays another's by one of them. Messages
+    are held in the order of the queue, and requests take those before they wait.
     """
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Line:
     def found_empty(self, asked: int) -> None:
         """End the wait of the impatient who came before get number asked, whose answer is empty.
 
-        Who came after it may have come after a new message, too.
+        It says nothing to those who came later: the queue may have had a message by then.
         """
         while (waiter := _first(self._impatient)) and waiter.since < asked:
             waiter.done.set()

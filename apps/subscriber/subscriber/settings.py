@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Self
 
-from door.environment import Environment
+from common.environment import Environment
 from door.memory import MIB
 from door.settings import Access, BrokerSettings, EventSettings, read_memory
 

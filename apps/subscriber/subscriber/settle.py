@@ -1,10 +1,17 @@
-"""What one channel of the broker brought and is not settled yet."""
+# mypy: disable-error-code=no-untyped-call
+"""What is said to the broker of the messages that it brought: acknowledgements and rejections."""
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 
-# Tags with what is said of each: of an acknowledgement, whether it is for all up to the tag; of a
-# rejection, whether the message goes back to the queue.
+import gevent
+from door.amqp import Link
+
+from subscriber.delivery import Delivery, Handle
+
+# Delivery tags, each with a flag: multiple (all up to the tag) with an acknowledgement, requeue
+# with a rejection.
 Said = list[tuple[int, bool]]
 
 
@@ -54,3 +61,72 @@ class Unsettled:
         self._tags.clear()
         self._acked.clear()
         self._rejected.clear()
+
+
+class Settler:
+    """Settles the messages of link's channel, by one write for each turn of the event loop."""
+
+    def __init__(self, link: Link) -> None:
+        """Begin without any message."""
+        self._link = link
+        self._unsettled = Unsettled()
+        self._due = self._paused = False
+        # When the broker was last told of any, by time.monotonic().
+        self.told = 0.0
+
+    def add(self, tag: int) -> None:
+        """Take note that the message of tag came."""
+        self._unsettled.add(tag)
+
+    def holds(self, one: Delivery | Handle) -> bool:
+        """Whether one can still be settled; after a lost connection it comes again."""
+        return one.channel is self._link.channel and self._unsettled.has(one.tag)
+
+    def ack(self, some: Iterable[Delivery | Handle]) -> None:
+        """Take some off the queue; nothing for those whose connection is gone."""
+        self._unsettled.ack(self._tags(some))
+        self._soon()
+
+    def reject(self, some: Iterable[Delivery | Handle], requeue: bool) -> None:
+        """Give some back to the queue, or to the dead ones; both are counted by the broker."""
+        self._unsettled.reject(self._tags(some), requeue)
+        self._soon()
+
+    def pause(self) -> None:
+        """Tell the broker nothing before resume()."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Tell the broker what had to wait, and go on."""
+        self._paused = False
+        self.settle()
+
+    def lost(self) -> None:
+        """Forget all: their channel is gone."""
+        self._unsettled.clear()
+        self._paused = False
+
+    def settle(self) -> None:
+        """Tell the broker what is acknowledged and rejected."""
+        self._due = False
+        channel = self._link.channel
+        if channel is None or self._paused:
+            return
+        acks, rejections = self._unsettled.take()
+        if not (acks or rejections):
+            return
+        with self._link.giving_up(), channel.connection.joined():
+            for tag, multiple in acks:
+                channel.basic_ack(tag, multiple)
+            for tag, requeue in rejections:
+                channel.basic_reject(tag, requeue)
+        self.told = time.monotonic()
+
+    def _tags(self, some: Iterable[Delivery | Handle]) -> Iterator[int]:
+        return (one.tag for one in some if one.channel is self._link.channel)
+
+    def _soon(self) -> None:
+        """Settle once all that is settled in this turn of the event loop."""
+        if not self._due:
+            self._due = True
+            gevent.get_hub().loop.run_callback(self.settle)

@@ -1,6 +1,5 @@
 """RabbitMQ in memory at the other end of pika's own connection; tests say when it is heard."""
 
-import logging
 import socketserver
 import threading
 from collections import defaultdict, deque
@@ -19,9 +18,6 @@ from pika.adapters.utils.nbio_interface import AbstractIOServices
 from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection
 from subscriber.broker import Broker
 from subscriber.settings import Settings
-
-# As the door's server does: pika reports each failure in several lines.
-logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 @dataclass(eq=False)
@@ -329,6 +325,17 @@ class Wire:
         gevent.spawn(self.lose)
 
 
+def asked(wire: Wire) -> list[int]:
+    """Return for how many messages each basic.get and each consumer asked."""
+    found = []
+    for method in [one for write in wire.writes for one in write]:
+        if isinstance(method, Basic.Qos):
+            prefetch = method.prefetch_count
+        elif isinstance(method, Basic.Get | Basic.Consume):
+            found.append(1 if isinstance(method, Basic.Get) else prefetch)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _no_callback_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail when a callback of the event loop does, which else is only printed."""
@@ -352,8 +359,13 @@ def rabbit() -> Iterator[Rabbit]:
 
 
 @pytest.fixture
-def broker() -> Iterator[Broker]:
-    broker = Broker(Settings(), Memory(2**40))
+def receive_timeout() -> float:
+    return Settings.receive_timeout
+
+
+@pytest.fixture
+def broker(receive_timeout: float) -> Iterator[Broker]:
+    broker = Broker(Settings(receive_timeout=receive_timeout), Memory(2**40))
     yield broker
     broker.lost("the test is over")
 

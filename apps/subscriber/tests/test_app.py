@@ -918,7 +918,7 @@ def process(port: int, *, rabbit: int = 1, collector: int | None = None) -> Iter
         "RABBITMQ_HOST": "127.0.0.1",
         "RABBITMQ_PORT": str(rabbit),
         "PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(["apps/subscriber", "apps/door"]),
+        "PYTHONPATH": os.pathsep.join(["apps/subscriber", "apps/door", "apps/common"]),
     }
     if collector:
         env |= {"FLUENTD_HOST": "127.0.0.1", "FLUENTD_PORT": str(collector)}

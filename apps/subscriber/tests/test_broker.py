@@ -4,7 +4,7 @@ import contextlib
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +24,10 @@ from subscriber.delivery import Delivery
 from subscriber.line import Waiter
 from subscriber.settings import Settings
 
-from .conftest import Message, Rabbit, Wire
+from .conftest import Message, Rabbit, Wire, asked
 
+# Requests that wait for a moment only.
+hasty = pytest.mark.parametrize("receive_timeout", [0.05])
 Settle = Callable[[Broker, list[Delivery]], None]
 SETTLED = (Basic.Ack, Basic.Reject, Basic.Cancel)
 SETTLE: list[Settle] = [
@@ -57,17 +59,6 @@ def take(broker: Broker, wire: Wire, want: int = 1) -> list[Delivery]:
     return result(request)
 
 
-def asked(wire: Wire) -> list[int]:
-    """Return for how many messages each basic.get and each consumer asked."""
-    found = []
-    for method in [one for write in wire.writes for one in write]:
-        if isinstance(method, Basic.Qos):
-            prefetch = method.prefetch_count
-        elif isinstance(method, Basic.Get | Basic.Consume):
-            found.append(1 if isinstance(method, Basic.Get) else prefetch)
-    return found
-
-
 def acks(wire: Wire) -> list[list[tuple[int, bool]]]:
     gevent.idle()
     sent = wire.sent(Basic.Ack)
@@ -78,10 +69,6 @@ def rejects(wire: Wire) -> list[list[tuple[int, bool]]]:
     gevent.idle()
     sent = wire.sent(Basic.Reject)
     return [[(one.delivery_tag, one.requeue) for one in methods] for methods in sent]
-
-
-def hurry(broker: Broker, seconds: float = 0.05) -> None:
-    broker._settings = replace(broker._settings, receive_timeout=seconds)
 
 
 @pytest.fixture
@@ -136,43 +123,7 @@ def test_a_request_is_not_told_empty_by_an_answer_to_an_earlier_question(
     assert bodies(late) == published
 
 
-# How many messages the broker is asked for.
-
-
-@pytest.mark.parametrize(
-    ("want", "queued", "questions"),
-    [
-        (1, 9, [1]),
-        (5, 0, [1]),
-        (5, 1, [1] * 2),
-        (5, 4, [1] * 5),
-        (4, 9, [1] * 4),
-        (5, 5, [1, 4]),
-        (9, 5, [1, 4, 1]),
-        (5, 9, [1, 4]),
-        (250, 300, [1, 16, 32, 64, 100, 37]),
-    ],
-)
-@pytest.mark.parametrize("batch", [True, False])
-def test_the_broker_is_asked_for_what_is_wanted_and_the_queue_has(
-    broker: Broker,
-    rabbit: Rabbit,
-    wire: Wire,
-    want: int,
-    queued: int,
-    questions: list[int],
-    batch: bool,
-) -> None:
-    texts = [b"%d" % number for number in range(queued)]
-    rabbit.publish(*texts)
-    wants = [want] if batch else [1] * want
-    requests = [gevent.spawn(broker.get, one) for one in wants]
-    wire.answer()
-    assert [text for request in requests for text in bodies(request)] == texts[:want]
-    assert asked(wire) == questions
-    assert rabbit.bodies() == texts[want:], "none is taken off the queue unasked"
-    rabbit.publish(b"later")
-    assert rabbit.bodies()[-1] == b"later"
+# What is settled during a burst.
 
 
 @pytest.mark.parametrize("settle", SETTLE)
@@ -215,46 +166,6 @@ def test_a_burst_begins_when_the_consumer_of_the_last_one_is_gone(
     assert asked(wire) == [1, 5, 5]
     wire.answer()
     assert acks(wire) == [[(1, True)]]
-
-
-@pytest.fixture
-def short_burst(
-    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Delivery], Greenlet]:
-    """Message 0, and a request for 1 to 9, of which others take all but two."""
-    monkeypatch.setattr("subscriber.broker.BURST_TIMEOUT", 0.05)
-    rabbit.publish(*[b"%d" % number for number in range(20)])
-    taken = take(broker, wire)
-    batch = ask(broker, 9)
-    del rabbit.queues["takeaway"][2:]  # before the consumer has begun
-    wire.answer()
-    assert asked(wire) == [1, 9]
-    assert not batch.ready()
-    return taken, batch
-
-
-@pytest.mark.parametrize("late", [[], [b"new"]])
-def test_a_burst_that_others_were_quicker_than_ends_with_what_there_is(
-    rabbit: Rabbit, wire: Wire, short_burst: tuple[list[Delivery], Greenlet], late: list[bytes]
-) -> None:
-    rabbit.publish(*late)
-    wire.prompt = True
-    wire.answer()
-    assert bodies(short_burst[1]) == [b"1", b"2", *late]
-    assert asked(wire) == [1, 9, 1]
-    rabbit.publish(b"later")
-    assert rabbit.bodies() == [b"later"], "the consumer is gone"
-
-
-def test_a_message_that_comes_as_a_burst_is_ended_is_not_missed(
-    rabbit: Rabbit, wire: Wire, short_burst: tuple[list[Delivery], Greenlet]
-) -> None:
-    while not wire.answers:  # to the question whether the burst goes on
-        gevent.sleep(0.01)
-    rabbit.publish(b"new")
-    wire.prompt = True
-    wire.answer()
-    assert bodies(short_burst[1]) == [b"1", b"2", b"new"]
 
 
 # Batches.
@@ -374,13 +285,14 @@ def test_messages_released_while_requests_wait_go_to_them_in_order(
     assert [one.body for one in take(broker, wire)] == queued
 
 
+@hasty
 def test_a_message_that_comes_for_a_request_that_gave_up_is_held(
-    broker: Broker, rabbit: Rabbit, wire: Wire
+    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The request gives up; the broker is not silent for long enough.
+    monkeypatch.setattr("subscriber.fetch.time", SimpleNamespace(monotonic=lambda: 1.0))
     rabbit.publish(b"a")
-    hurry(broker)
     quitter = ask(broker)
-    broker._settings = Settings()  # its wait was short, the broker's silence is not yet long
     with pytest.raises(BrokerUnavailable):
         result(quitter)
     wire.answer()
@@ -586,11 +498,11 @@ def test_after_the_end_has_begun_no_request_waits(broker: Broker, wire: Wire) ->
 # A broker that is away.
 
 
+@hasty
 @pytest.mark.parametrize("wait", [0, 9])
 def test_a_silent_broker_is_given_up_and_fails_every_request(
     broker: Broker, wire: Wire, wait: int
 ) -> None:
-    hurry(broker)
     requests = [gevent.spawn(broker.get, wait=wait) for _ in range(100)]
     for request in requests:
         with pytest.raises(BrokerUnavailable):
@@ -599,13 +511,13 @@ def test_a_silent_broker_is_given_up_and_fails_every_request(
     assert wire.cut
 
 
+@hasty
 def test_a_broker_that_answers_others_is_not_silent(
     broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("subscriber.broker.time", clock)
+    monkeypatch.setattr("subscriber.fetch.time", clock)
     rabbit.publish(b"a", b"b")
-    hurry(broker)
     first, second = ask(broker), ask(broker)
     clock.now = 100
     wire.answer(1)
@@ -616,13 +528,13 @@ def test_a_broker_that_answers_others_is_not_silent(
     assert not wire.cut
 
 
+@hasty
 def test_a_batch_that_waits_too_long_for_the_rest_goes_with_what_it_has(
     broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("subscriber.broker.time", clock)
+    monkeypatch.setattr("subscriber.fetch.time", clock)
     rabbit.publish(b"a", b"b")
-    hurry(broker)
     batch = ask(broker, 3)
     clock.now = 100
     wire.answer(1)
@@ -749,17 +661,17 @@ def test_at_the_end_the_broker_has_time_to_take_the_acknowledgements(
 
 @pytest.mark.parametrize("more", [[], [b"new"]])
 def test_at_the_end_a_burst_under_way_holds_no_acknowledgement_back(
-    broker: Broker,
-    rabbit: Rabbit,
-    wire: Wire,
-    short_burst: tuple[list[Delivery], Greenlet],
-    monkeypatch: pytest.MonkeyPatch,
-    more: list[bytes],
+    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch, more: list[bytes]
 ) -> None:
     monkeypatch.setattr("subscriber.broker.SETTLE", 0.1)
-    monkeypatch.setattr("subscriber.broker.BURST_TIMEOUT", 9)
-    broker.ack(short_burst[0])
-    assert acks(wire) == []
+    monkeypatch.setattr("subscriber.fetch.BURST_TIMEOUT", 9)
+    rabbit.publish(*[b"%d" % number for number in range(20)])
+    taken = take(broker, wire)
+    ask(broker, 9)
+    del rabbit.queues["takeaway"][2:]  # before the consumer has begun
+    wire.answer()
+    broker.ack(taken)
+    assert (asked(wire), acks(wire)) == ([1, 9], [])
     rabbit.publish(*more)
     wire.prompt = True
     broker.stop()
@@ -816,9 +728,10 @@ class Interleavings:
 
         self.handed = handed
         patch.setattr("subscriber.broker.Waiter", Spied)
-        patch.setattr("subscriber.broker.time", self.clock)
+        for module in "broker", "fetch", "settle":
+            patch.setattr(f"subscriber.{module}.time", self.clock)
         patch.setattr("subscriber.pace.LARGEST_BURST", 6)
-        patch.setattr("subscriber.broker.BURST_TIMEOUT", 0)
+        patch.setattr("subscriber.fetch.BURST_TIMEOUT", 0)
         patch.setattr(
             gevent, "spawn_later", lambda _, call, *args: self.timers.append(partial(call, *args))
         )

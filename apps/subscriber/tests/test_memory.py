@@ -8,7 +8,6 @@ import pytest
 from door import BrokerUnavailable
 from door.memory import MIB, Memory, OutOfMemory
 from gevent import Greenlet
-from pika.spec import Basic
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.settings import Settings
@@ -122,36 +121,6 @@ def test_a_message_that_never_got_memory_makes_way_once_it_is_written(
     gevent.sleep(0.05)
     wire.answer()
     assert [one.body for one in second.get(timeout=2)] == [b"next"]
-
-
-def test_who_keeps_the_process_waiting_is_let_go_where_memory_is_short(
-    broker: Broker, rabbit: Rabbit, wire: Wire, memory: Memory
-) -> None:
-    shed: list[None] = []
-    memory.shed = lambda: not shed.append(None)
-    rabbit.publish(b"x" * MIB)
-    memory.held = 7 * MIB
-    take(broker, wire, 1)
-    gevent.sleep(0.05)
-    assert shed
-
-
-def test_large_messages_come_one_by_one(broker: Broker, rabbit: Rabbit, wire: Wire) -> None:
-    rabbit.publish(*[b"x" * 100_000] * 20)
-    take(broker, wire, 20)
-    assert not wire.sent(Basic.Consume)
-    assert sum(map(len, wire.sent(Basic.Get))) == 20
-
-
-def test_the_first_burst_after_small_messages_is_small(
-    broker: Broker, rabbit: Rabbit, wire: Wire
-) -> None:
-    learn(broker, rabbit, wire)
-    rabbit.publish(b"x" * 100_000, *SMALL)
-    take(broker, wire, 200)
-    prefetches = [one.prefetch_count for some in wire.sent(Basic.Qos) for one in some]
-    # The large one is among the last 100, then bursts begin anew.
-    assert prefetches[4:] == [16, 32, 51]
 
 
 @pytest.mark.parametrize("released", [False, True])

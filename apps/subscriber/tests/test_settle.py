@@ -1,7 +1,17 @@
 """What the broker is told of the messages that were settled."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import gevent
 import pytest
-from subscriber.settle import Unsettled
+from door.amqp import Link
+from door.settings import BrokerSettings
+from subscriber.delivery import Handle
+from subscriber.settle import Settler, Unsettled
+
+Told = list[tuple[int, bool]]
 
 
 @pytest.mark.parametrize(
@@ -50,3 +60,61 @@ def test_a_new_channel_begins_with_none() -> None:
     unsettled.clear()
     assert unsettled.take() == ([], [])
     assert not unsettled.has(2)
+
+
+@pytest.fixture
+def told() -> Told:
+    return []
+
+
+@pytest.fixture
+def channel(told: Told) -> Any:
+    channel = SimpleNamespace(connection=SimpleNamespace(joined=nullcontext))
+    channel.basic_ack = channel.basic_reject = lambda *said: told.append(said)
+    return channel
+
+
+@pytest.fixture
+def settler(channel: Any) -> Settler:
+    """Return a settler of the messages 1 to 3."""
+    link = Link(BrokerSettings(), "settler")
+    link.channel = channel
+    settler = Settler(link)
+    for tag in 1, 2, 3:
+        settler.add(tag)
+    return settler
+
+
+def test_what_is_settled_in_one_turn_of_the_event_loop_is_told_at_its_end(
+    settler: Settler, channel: Any, told: Told
+) -> None:
+    settler.ack([Handle(1, channel, 0)])
+    settler.reject([Handle(3, channel, 0)], requeue=False)
+    settler.ack([Handle(2, channel, 0)])
+    assert told == []
+    gevent.idle()
+    assert told == [(2, True), (3, False)]
+
+
+def test_nothing_is_told_in_a_pause_and_all_of_it_at_its_end(
+    settler: Settler, channel: Any, told: Told
+) -> None:
+    settler.pause()
+    for tag in 1, 2:
+        settler.ack([Handle(tag, channel, 0)])
+        gevent.idle()
+    assert (told, settler.holds(Handle(1, channel, 0))) == ([], False)
+    settler.resume()
+    assert told == [(2, True)]
+
+
+def test_a_lost_connection_ends_a_pause_and_what_was_to_be_told(
+    settler: Settler, channel: Any, told: Told
+) -> None:
+    settler.pause()
+    settler.ack([Handle(1, channel, 0)])
+    settler.lost()
+    settler.add(1)
+    settler.ack([Handle(1, channel, 0)])
+    gevent.idle()
+    assert told == [(1, True)]

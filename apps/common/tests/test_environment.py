@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
-from door.environment import LAST_WORDS, ConfigError, Environment, leave
+from common.environment import LAST_WORDS, ConfigError, Environment, leave
 
 
 @pytest.mark.parametrize("variables", [{}, {"NAME": ""}])

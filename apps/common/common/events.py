@@ -19,19 +19,17 @@ from typing import Protocol
 from fluent.asyncsender import FluentSender
 from prometheus_client import Counter
 
-from door.settings import EventSettings
-
 log = logging.getLogger(__name__)
 
 # The header that carries a request's id over HTTP, and with its message over AMQP.
 REQUEST_ID = "X-Request-Id"
 GOOD_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# Characters of any text in an event: others choose a path or a message id.
+# Characters of a text in an event; more are cut off, as clients choose paths and message ids.
 MAX_TEXT = 200
 
 # Events kept while the collector is away, about 300 bytes each; then the oldest are dropped.
 MAX_WAITING = 10_000
-# Events sent at once, and kept besides when that fails.
+# Events in one send. If it fails, they are kept besides MAX_WAITING.
 MAX_BATCH = 1000
 # Seconds between two sends: what comes meanwhile shares the next one.
 PAUSE = 0.1
@@ -56,9 +54,10 @@ class Sink(Protocol):
 class Sender(FluentSender):  # type: ignore[misc]
     """fluent-logger's asynchronous sender, with another thread and another end.
 
-    Follows 0.11.1, whose emit() packs an event and puts it into a bounded queue. Its `_send_loop`
-    sends each event alone, and its close() waits for as long as every one of them takes to fail;
-    both are overridden here. `_batch` belongs to the thread.
+    In 0.11.1, emit() packs an event, and `_send` puts it into a bounded queue. Three methods are
+    replaced: `_send_loop`, which sends each event alone; close(), which waits until each of them
+    was sent or failed; and `_send`, which does not count what it refuses. No other module uses
+    fluent-logger's private parts. `_batch` belongs to the thread.
     """
 
     _closed: bool
@@ -134,7 +133,7 @@ class Sender(FluentSender):  # type: ignore[misc]
             if self._closing.is_set():
                 self._batch = self._waiting(MAX_BATCH)
                 break
-            # WAKE_UP follows `_closing`: what is set after the look above ends this wait.
+            # close() sets `_closing` before it puts WAKE_UP, which ends this wait.
             if first := self._queue.get():
                 self._batch = [first, *self._waiting(MAX_BATCH - 1)]
         return bool(self._batch)
@@ -162,11 +161,11 @@ class Event:
     def __init__(self, sink: Sink | None, request_id: str | None) -> None:
         """Begin now; a request_id that is missing or not a GOOD_ID is replaced by a new one."""
         self.started = time.perf_counter()
-        # Seconds of the time since then in which nothing was to be done, as the client asked.
+        # Seconds since then for which the client had asked to wait.
         self.waited = 0.0
         self.request_id = good_id(request_id) or token_hex(16)
         self.fields: dict[str, Value] = {}
-        # Whether somebody tells it later than with the response.
+        # Whether it is told at the end of the response, not at its beginning.
         self.deferred = False
         self._sink = sink
 
@@ -200,11 +199,11 @@ class Event:
         )
 
 
-def start(tag: str, settings: EventSettings) -> Sender | None:
-    """Return the sender of this process, which ends with it; None when no collector is set."""
-    if settings.host is None:
+def start(tag: str, host: str | None, port: int) -> Sender | None:
+    """Return this process's sender to a collector, closed at its end; None without a host."""
+    if host is None:
         return None
-    sender = Sender(tag, settings.host, settings.port)
+    sender = Sender(tag, host, port)
     atexit.register(sender.close)
     return sender
 

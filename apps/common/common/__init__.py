@@ -1,0 +1,1 @@
+"""What every program of this project needs: its environment, and the events that it tells."""
