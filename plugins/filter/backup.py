@@ -8,12 +8,12 @@ Container = Mapping[str, Any]
 
 
 def backup_running(services: Iterable[str], containers: Mapping[str, Container]) -> list[str]:
-    """Return those of services whose container, by the service, runs."""
+    """Return the services whose container runs."""
     return [name for name in services if containers.get(name, {}).get("State") == "running"]
 
 
 def backup_volumes(services: Iterable[str], containers: Mapping[str, Container]) -> dict[str, str]:
-    """Return where on the host the volume of each of services is that has a container."""
+    """Return the path on the host of each service's volume."""
     return {
         name: mount["Source"]
         for name in services

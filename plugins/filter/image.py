@@ -60,7 +60,7 @@ def image_plan(
 def image_missing(plan: Iterable[Image], images: Iterable[Mapping[str, Any]]) -> list[Image]:
     """Return what of plan is not among images, which are as the engine's GET /images/json tells.
 
-    Of the base nothing is asked unless an image that is missing is built on it.
+    The base image is left out unless a missing image is built on it.
     """
     lists = [image[name] or [] for image in images for name in ("RepoTags", "RepoDigests")]
     refs = {ref for found in lists for ref in found}

@@ -130,7 +130,7 @@ def rabbitmq_password_hash(password: str, user: str) -> str:
 
 
 def rabbitmq_missing(wanted: Definitions, found: Definitions) -> list[str]:
-    """Return what of wanted is not in found, or is there otherwise, as "queues takeaway".
+    """Return the items of wanted that are missing from found or differ, as "queues takeaway".
 
     Both are as GET /api/definitions answers. Of exchanges and queues only the name counts, since an
     import changes none that is there.

@@ -155,7 +155,7 @@ class Call:
     def _pieces(
         self, source: IO[bytes], most: int, chunked: bool, late: RequestTimeout
     ) -> Iterator[bytes]:
-        """Read at most most bytes, holding memory for each piece before it is read.
+        """Read no more than most bytes, holding memory for each piece before it is read.
 
         The smallest chunks cost the server the most: others get a turn between few of them.
         """

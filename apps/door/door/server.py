@@ -492,8 +492,8 @@ Make = Callable[[Memory], tuple[Application, Connection]]
 def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserve: int = 0) -> None:
     """Serve the application that make returns, in workers processes, until SIGTERM or SIGINT.
 
-    make is called in each process with its share of the limit, the bytes of all of them, without
-    what it needs besides (reserve), and is the first there to import what must not be shared.
+    limit is the container's memory in bytes. Each worker calls make with its share of it, less
+    reserve bytes. Metrics are imported in make: a fork would share them between the workers.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 # prometheus_client's names for the kinds of metrics that a door has.
-KINDS = ("counter", "histogram", "gauge_livemin")
+KINDS = ("counter", "histogram", "gauge_livemin", "gauge_livemax")
 # Bytes of a file: several times what the routes and statuses of a door take.
 SIZE = 128 * 1024
 
@@ -42,6 +42,9 @@ def claim(slot: int) -> None:
 
 
 def forget(slot: int) -> None:
-    """Drop what the worker of slot, which ended, told of the present; its counters stay."""
+    """Drop whether the worker of slot, which ended, was connected; its counters stay.
+
+    So does its start time, which the next worker replaces: it may not go back in between.
+    """
     if DIRECTORY in os.environ:
         Path(os.environ[DIRECTORY], f"gauge_livemin_{slot}.db").unlink(missing_ok=True)

@@ -35,7 +35,7 @@ NO_STORE = ("Cache-Control", "no-store")
 MAX_MESSAGES = 10_000
 MAX_WAIT = 20
 MAX_REQUEST = 1024 * 1024
-# Bytes that a body of receipts takes once it is parsed, for each of its own, at most: `{},`.
+# Most bytes of memory that one byte of JSON takes once it is parsed; `{},` is the worst case.
 PARSED = 24
 # Responses with many messages that are made at a time: each may take MAX_BATCH_BYTES.
 MAX_BATCHES = 3

@@ -77,8 +77,8 @@ class Broker(Link):
 
         Requests of several addresses get theirs in turns.
 
-        An empty list means that the queue was empty, for wait seconds. For each of them, ack(),
-        release() or reject() must follow; after ack() and reject(), its close(). Raises
+        An empty list means that the queue was empty, for wait seconds. The caller must ack(),
+        release() or reject() every message returned, and close() it after ack() or reject(). Raises
         BrokerUnavailable at once when not connected, when the connection is lost, and when no
         answer comes within receive_timeout seconds; OutOfMemory when there is no room for a
         message in that time, and at once when too many requests wait.

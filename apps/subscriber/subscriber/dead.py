@@ -34,7 +34,7 @@ class Dead:
         self._turn = BoundedSemaphore()
 
     def look(self, most: int, room: int) -> list[Delivery]:
-        """Return at most most messages, of room bytes as JSON; all stay, in their order."""
+        """Return no more than most messages, of room bytes as JSON; all stay, in their order."""
         seen: list[Delivery] = []
         with self._channel() as channel:
             left = room
@@ -48,7 +48,7 @@ class Dead:
         return seen
 
     def redrive(self, most: int) -> int:
-        """Send at most most messages back to the queue that they came from; return how many.
+        """Send no more than most messages back to the queue that they came from; return how many.
 
         Each is published anew, and leaves the dead queue once the broker has confirmed it. The
         broker's own way, a reject, would depend on policies, and RabbitMQ 4.3 would go on counting
@@ -110,7 +110,7 @@ class Dead:
                     closed.wait(self._timeout)
 
     def _deliveries(self, channel: Channel, most: int) -> Iterator[Delivery]:
-        """Get messages, at most most, and no more than there were at first."""
+        """Get messages, up to most, and no more than there were at first."""
         answers: SimpleQueue = SimpleQueue()
         channel.add_callback(lambda _: answers.put(None), [Basic.GetEmpty], one_shot=False)
         channel.add_on_close_callback(lambda _channel, reason: answers.put(reason))

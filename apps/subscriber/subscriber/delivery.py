@@ -227,7 +227,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def dump(told: str) -> bytes:
-    """Return JSON on one line, whatever takes it for one."""
+    """Return JSON on one line: what some programs take for the end of a line is escaped."""
     if told.isascii():
         return told.encode()
     for end, escape in LINE_ENDS.items():

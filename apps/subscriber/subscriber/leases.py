@@ -42,7 +42,7 @@ class _Lease:
 class Leases:
     """The leases of this process; they end with it, or with its connection to the broker.
 
-    None keeps its message's body: a client that leases without an end takes little memory.
+    A lease holds no message body, so a client that takes ever more leases uses little memory.
     """
 
     def __init__(self, broker: Broker, seconds: float, memory: Memory) -> None:

@@ -15,7 +15,7 @@ class Settings:
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
     access: Access = field(default_factory=Access)
-    # Leads messages back to the queue, by its name.
+    # Exchange for redriven messages; the routing key is the name of the queue.
     exchange: str = "takeaway-in"
     queue: str = "takeaway"
     port: int = 5001

@@ -38,8 +38,6 @@ from .conftest import Rabbit
 
 PROJECT = Path(__file__).parents[3]
 GETS = ("/receive", "/dead")
-# A query brings a request to Flask; the usual one without is answered before it.
-PATHS = ("/receive", "/receive?wait=0")
 MEMORY = Memory(2**40)
 ADDRESS = "192.0.2.1"
 
@@ -158,42 +156,32 @@ def test_the_welcome_names_the_way_to_a_message(client: FlaskClient) -> None:
     assert "/receive" in answer.text
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_receive_answers_the_next_message(
-    client: FlaskClient, broker: FakeBroker, path: str
-) -> None:
+def test_receive_answers_the_next_message(client: FlaskClient, broker: FakeBroker) -> None:
     broker.queue = ["Käse ☃".encode(), b"second"]
-    answer = client.get(path)
+    answer = client.get("/receive")
     assert answer.status_code == 200
     assert answer.data == "Käse ☃\n".encode()
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert answer.headers["Content-Length"] == str(len(answer.data))
     assert answer.headers["Cache-Control"] == "no-store"
-    assert client.get(path).text == "second\n"
+    assert client.get("/receive").text == "second\n"
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_receive_passes_bytes_that_are_no_text(
-    client: FlaskClient, broker: FakeBroker, path: str
-) -> None:
+def test_receive_passes_bytes_that_are_no_text(client: FlaskClient, broker: FakeBroker) -> None:
     broker.queue = [b"\xff\x00"]
-    assert client.get(path).data == b"\xff\x00\n"
+    assert client.get("/receive").data == b"\xff\x00\n"
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_receive_says_when_there_is_none(client: FlaskClient, path: str) -> None:
-    answer = client.get(path)
+def test_receive_says_when_there_is_none(client: FlaskClient) -> None:
+    answer = client.get("/receive")
     assert (answer.status_code, answer.text) == (200, "No message available\n")
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_receive_is_503_while_the_broker_is_away(
-    client: FlaskClient, broker: FakeBroker, path: str
-) -> None:
+def test_receive_is_503_while_the_broker_is_away(client: FlaskClient, broker: FakeBroker) -> None:
     broker.up = False
-    answer = client.get(path)
+    answer = client.get("/receive")
     assert answer.status_code == 503
     assert answer.headers["Retry-After"]
     assert answer.json == {"message": "away"}
@@ -405,7 +393,7 @@ def test_a_batch_has_room_for_its_lines_and_for_one_message_of_any_size(
 # What becomes of it.
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9"])
+@pytest.mark.parametrize("path", ["/receive", "/receive?max=9"])
 def test_a_message_is_acknowledged_only_when_more_than_its_body_is_asked_for(
     app: Any, broker: FakeBroker, path: str
 ) -> None:
@@ -419,7 +407,7 @@ def test_a_message_is_acknowledged_only_when_more_than_its_body_is_asked_for(
     assert (broker.acked, broker.released) == (bodies, [])
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/receive?max=2", "/receive?ack=manual"])
+@pytest.mark.parametrize("path", ["/receive", "/receive?max=2", "/receive?ack=manual"])
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_message_that_was_not_written_is_released(
     app: Any, broker: FakeBroker, path: str, taken: int
@@ -434,7 +422,7 @@ def test_a_message_that_was_not_written_is_released(
     assert (broker.acked, broker.released) == ([], bodies)
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9", "/receive?ack=manual"])
+@pytest.mark.parametrize("path", ["/receive", "/receive?max=9", "/receive?ack=manual"])
 @pytest.mark.parametrize("when", ["while it waited", "before it read"])
 def test_a_client_that_left_before_it_read_leaves_its_message(
     app: Any,
@@ -456,7 +444,7 @@ def test_a_client_that_left_before_it_read_leaves_its_message(
     assert (broker.acked, broker.released) == ([], [b"a"])
 
 
-@pytest.mark.parametrize("path", [*PATHS, "/receive?max=9"])
+@pytest.mark.parametrize("path", ["/receive", "/receive?max=9"])
 def test_a_client_that_has_said_all_it_has_to_say_gets_its_answer(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket], path: str
 ) -> None:
@@ -526,13 +514,12 @@ def properties(**fields: Any) -> BasicProperties:
     return BasicProperties(**fields)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_a_message_is_told_once_it_is_acknowledged_and_leads_back_to_its_post(
-    app: Any, broker: FakeBroker, events: Events, path: str
+    app: Any, broker: FakeBroker, events: Events
 ) -> None:
     broker.queue = [b"secret"]
     broker.properties = properties(message_id="m", headers={"X-Request-Id": "posted"})
-    steps = response(app, path)
+    steps = response(app, "/receive")
     next(steps)
     assert events == []
     assert next(steps, None) is None
@@ -568,13 +555,12 @@ def test_a_message_that_its_client_did_not_take_is_told_with_a_warning(
     assert "secret" not in str(event)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_an_answer_without_a_message_is_told_at_once(
-    client: FlaskClient, broker: FakeBroker, events: Events, path: str
+    client: FlaskClient, broker: FakeBroker, events: Events
 ) -> None:
-    empty = client.get(path)
+    empty = client.get("/receive")
     broker.up = False
-    away = client.get(path)
+    away = client.get("/receive")
     ids = [answer.headers["X-Request-Id"] for answer in (empty, away)]
     assert [event["request_id"] for event in events] == ids
     assert [event["event"] for event in events] == ["receive", "receive"]
