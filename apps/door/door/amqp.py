@@ -154,7 +154,7 @@ class Link:
     def __init__(self, settings: BrokerSettings, name: str) -> None:
         """Prepare a connection that operators see as name; nothing connects before start()."""
         self.channel: Channel | None = None
-        self._broker = settings
+        self._broker_settings = settings
         self._name = name
         self._retry = FIRST_RETRY
         self._keeper: gevent.Greenlet | None = None
@@ -192,7 +192,11 @@ class Link:
         """Let callers use channel."""
         self.channel, self._logged = channel, ""
         BROKER_UP.set(1)
-        log.info("Connected to the broker at %s:%d", self._broker.host, self._broker.port)
+        log.info(
+            "Connected to the broker at %s:%d",
+            self._broker_settings.host,
+            self._broker_settings.port,
+        )
 
     def alive(self) -> None:
         """Take note that the broker does what it was asked: the next loss is a new one."""
@@ -236,7 +240,7 @@ class Link:
         """Connect, wait until the connection has ended, and return why it did."""
         ended = AsyncResult()
         connection = JoinedConnection(
-            parameters(self._broker, self._name),
+            parameters(self._broker_settings, self._name),
             on_open_callback=self._connected,
             on_open_error_callback=lambda _connection, reason: ended.set(reason),
             on_close_callback=lambda _connection, reason: ended.set(reason),

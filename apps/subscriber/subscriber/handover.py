@@ -6,12 +6,13 @@ import select
 import struct
 import termios
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from socket import socket
-from typing import Protocol
 
 import gevent
 from common import events
+
+from subscriber.parcel import Parcel
 
 HUNG_UP = "the client hung up"
 # Signs of poll(2): the connection is gone; and the client sends no more, which may be all it
@@ -20,16 +21,6 @@ GONE, SENDS_NO_MORE = select.POLLERR | select.POLLHUP, select.POLLRDHUP
 # Seconds in which the system of a client that sends no more must have taken all, and between two
 # looks whether it has.
 DELIVERY_TIMEOUT, LOOK = 1.0, 0.005
-
-
-class Parcel(Protocol):
-    """What a response hands over."""
-
-    def pieces(self) -> Iterable[bytes]:
-        """Return the response's body."""
-
-    def settle(self, written: bool) -> None:
-        """Take note of whether the body was written."""
 
 
 class Handover(Iterator[bytes]):
