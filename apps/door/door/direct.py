@@ -1,4 +1,4 @@
-"""Requests that come by the thousand, answered without Flask, which takes half of their time."""
+"""The routes of a door, answered without Flask, which takes half of a request's time."""
 
 import logging
 from collections.abc import Iterable
@@ -19,16 +19,15 @@ STATUS = {status.value: f"{status.value} {status.phrase.upper()}" for status in 
 
 
 class Direct:
-    """A WSGI application in front of Flask's, which calls some of its routes by itself.
+    """A WSGI application in front of Flask's.
 
-    Requests whose credentials are wrong, and all other routes, are Flask's to answer. The answers
-    are the same.
+    Flask answers requests whose credentials are wrong, and those for none of the routes.
     """
 
     def __init__(
         self, flask: Application, routes: Routes, sink: Sink | None, access: Access
     ) -> None:
-        """Put routes in front of flask."""
+        """Answer routes, and let flask answer the rest."""
         self._flask = flask
         self._routes = routes
         self._sink = sink

@@ -1,6 +1,6 @@
 """What every HTTP door does besides its own routes: access, errors, health, metrics and events."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from werkzeug.datastructures import Headers, WWWAuthenticate
 from werkzeug.exceptions import HTTPException, MethodNotAllowed, Unauthorized
 
 from door import BrokerUnavailable, metrics
-from door.call import Answer, Call, Route, Routes, failed, json_answer
+from door.call import Answer, Routes, failed, json_answer
 from door.direct import Direct
 from door.memory import RETRY_AFTER
 from door.settings import Access
@@ -33,12 +33,11 @@ def equip(
     events: Sink | None,
     access: Access,
     routes: Routes,
-    direct: Collection[tuple[str, str]] = (),
 ) -> None:
     """Give app its routes, `/healthz`, `/metrics` and `/openapi.json`.
 
-    Those of routes that are named in direct are answered without Flask. Who has no access gets
-    401, but for health and metrics. Requests are counted and told. An error is
+    Flask answers the last three, and requests for none of routes, which are Direct's. Who has no
+    access gets 401, but for health and metrics. Requests are counted and told. An error is
     `{"message": "<what is wrong>"}`: the caller's fault is 4xx, the broker's 503 with
     `Retry-After`. Each response names its request in `X-Request-Id`; each request but those of
     health and metrics is told to events, unless its event is deferred. The description is
@@ -74,23 +73,20 @@ def equip(
         retry = [("Retry-After", str(RETRY_AFTER))] if status == 503 else []
         return _response(json_answer(status, {"broker": "up" if up else "down"}, retry))
 
-    for (method, path), route in routes.items():
-        app.add_url_rule(path, f"{method} {path}", _view(method, route), methods=[method])
+    for method, path in routes:
+        app.add_url_rule(path, f"{method} {path}", _other_method(method), methods=[method])
     app.after_request(_end)
     app.register_error_handler(HTTPException, _failed)
     app.register_error_handler(BrokerUnavailable, _failed)
-    short = {key: routes[key] for key in direct}
-    app.wsgi_app = Direct(app.wsgi_app, short, events, access)  # type: ignore[method-assign]
+    app.wsgi_app = Direct(app.wsgi_app, routes, events, access)  # type: ignore[method-assign]
 
 
-def _view(method: str, route: Route) -> Callable[[], Response]:
-    """Return what Flask calls for route."""
+def _other_method(method: str) -> Callable[[], Response]:
+    """Return what Flask calls for a route: only HEAD gets there, Direct has the rest."""
 
     def view() -> Response:
-        # Flask would answer HEAD by running GET, and a message would be lost.
-        if request.method != method:
-            raise MethodNotAllowed([method])
-        return _response(route(Call(request.environ, _event())))
+        # An answer to HEAD would have to take a message off the queue to tell its size.
+        raise MethodNotAllowed([method])
 
     return view
 

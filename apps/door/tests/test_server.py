@@ -79,7 +79,7 @@ def make(memory):
 
     routes = {("GET", "/"): echo, ("POST", "/"): echo}
     routes |= {("POST", "/unread"): unread, ("GET", "/large"): large}
-    equip(app, Connection(), None, Access(), routes, [("GET", "/large")])
+    equip(app, Connection(), None, Access(), routes)
 
     def watched(environ, start_response):
         seen.append(Connection().up)

@@ -85,5 +85,5 @@ def create_app(settings: Settings, broker: Publisher, sink: events.Sink | None =
         ("POST", "/messages"): messages,
         ("POST", "/batch"): batch,
     }
-    equip(app, broker, sink, settings.access, routes, direct=routes)
+    equip(app, broker, sink, settings.access, routes)
     return app

@@ -57,7 +57,7 @@ def create_app(
         ("GET", "/dead"): door.look,
         ("POST", "/dead/redrive"): door.redrive,
     }
-    equip(app, broker, sink, settings.access, routes, direct=routes)
+    equip(app, broker, sink, settings.access, routes)
 
     @app.get("/")
     def welcome() -> Response:
