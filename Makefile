@@ -36,9 +36,10 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# One after the other: many of these tests measure times. A failure does not keep the next ones from running.
+# One after the other, but for the first two: many of these tests measure times. A failure does not keep the next ones from running.
 test: .venv/.test
-	$(MAKE) --keep-going lint unit molecule test-bare
+	$(MAKE) --keep-going --jobs=2 lint test-host; first=$$?; \
+	$(MAKE) --keep-going unit molecule test-bare && exit $$first
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
