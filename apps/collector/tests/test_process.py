@@ -134,7 +134,7 @@ def test_a_staged_chunk_of_a_killed_run_is_taken_up(stopped: Collector) -> None:
     collector.wait_for(lambda: numbers(collector, "rabbitmq") == [1])
     collector.wait_for(lambda: numbers(collector, "other") == [2])
     assert len(collector.said("took up 1 chunks")) == 2
-    assert not list(collector.folder.glob("buffer*"))
+    collector.wait_for(lambda: not list(collector.folder.glob("buffer*")))
 
 
 def test_sigterm_ends_with_0_and_leaves_everything_in_the_files(stopped: Collector) -> None:
@@ -147,7 +147,7 @@ def test_sigterm_ends_with_0_and_leaves_everything_in_the_files(stopped: Collect
         assert idle.recv(4096) == b""
     assert numbers(collector, "rabbitmq") == [1]
     assert numbers(collector, "other") == [2]
-    assert not list(collector.folder.glob("buffer*"))
+    collector.wait_for(lambda: not list(collector.folder.glob("buffer*")))
 
 
 def test_sigterm_takes_what_is_on_its_way(stopped: Collector) -> None:
@@ -426,7 +426,7 @@ def test_a_disk_that_refuses_bytes_costs_nothing_acknowledged(stopped: Collector
     assert collector.end() == 0
     lines = collector.lines("rabbitmq")
     assert [record_of(line)["n"] for line in lines[500:]] == [*taken, 10]
-    assert not list(collector.folder.glob("buffer*"))
+    collector.wait_for(lambda: not list(collector.folder.glob("buffer*")))
 
 
 def test_files_are_readable_by_others(collector: Collector) -> None:
