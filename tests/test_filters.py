@@ -425,7 +425,7 @@ def test_what_carries_the_stack_s_label_is_there_already(filters: Any) -> None:
     containers = [container("broker-a", OWN_LABEL), container("broker-b", {}), container("c", None)]
     host = {"containers": containers, "volumes": volumes}
     there = ["container broker-a", "volume broker-x"]
-    assert filters["backup_there"](host, "broker") == there
+    assert filters["preflight_there"](host, "broker") == there
 
 
 def test_a_password_file_that_no_run_could_use_is_told(filters: Any) -> None:

@@ -22,19 +22,6 @@ def backup_volumes(services: Iterable[str], containers: Mapping[str, Container])
     }
 
 
-def backup_there(host: Mapping[str, list[Mapping[str, Any]]], stack: str) -> list[str]:
-    """Return what of host, which is what host_info tells, carries the stack's label."""
-
-    def own(kind: str) -> list[Mapping[str, Any]]:
-        labels = [(item, item.get("Labels") or {}) for item in host[kind]]
-        return [item for item, label in labels if label.get("message-broker-stack") == stack]
-
-    return [
-        *(f"container {item['Names'][0].removeprefix('/')}" for item in own("containers")),
-        *(f"volume {item['Name']}" for item in own("volumes")),
-    ]
-
-
 class FilterModule:
     """What Ansible loads."""
 
@@ -42,6 +29,5 @@ class FilterModule:
         """Return the filters by name."""
         return {
             "backup_running": backup_running,
-            "backup_there": backup_there,
             "backup_volumes": backup_volumes,
         }

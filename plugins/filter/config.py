@@ -13,8 +13,8 @@ def config_changes(
 ) -> dict[str, list[str]]:
     """Return what must be done so that folder has exactly files, text by path, for root and gid.
 
-    found is what the host has, as ansible.builtin.find returns it with SHA-256. Told are paths in
-    folder: the folders to create ("" is folder itself), the files to write, and what to remove.
+    found is what the host has: the files that host_info tells. Told are paths in folder: the
+    folders to create ("" is folder itself), the files to write, and what to remove.
     """
     have = {
         str(PurePosixPath(item["path"]).relative_to(folder)): item

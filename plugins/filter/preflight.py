@@ -42,6 +42,15 @@ def preflight_foreign(
     ]
 
 
+def preflight_there(host: Mapping[str, Iterable[Item]], stack: str) -> list[str]:
+    """Return what of host, which is what host_info tells, carries the stack's label."""
+    containers = [item for item in host["containers"] if _is_own(item, stack)]
+    return [
+        *(f"container {item['Names'][0].removeprefix('/')}" for item in containers),
+        *(f"volume {item['Name']}" for item in host["volumes"] if _is_own(item, stack)),
+    ]
+
+
 def _is_own(item: Item, stack: str) -> bool:
     return (item.get("Labels") or {}).get("message-broker-stack") == stack
 
@@ -123,6 +132,7 @@ class FilterModule:
             "preflight_unknown": preflight_unknown,
             "preflight_own": preflight_own,
             "preflight_foreign": preflight_foreign,
+            "preflight_there": preflight_there,
             "preflight_twice": preflight_twice,
             "preflight_not_held": preflight_not_held,
             "preflight_owner": preflight_owner,
