@@ -75,12 +75,13 @@ class Answer:
 class Call:
     """One request, and the event that tells of it."""
 
-    __slots__ = ("client", "environ", "event")
+    __slots__ = ("client", "environ", "event", "name")
 
-    def __init__(self, environ: dict[str, Any], event: Event) -> None:
-        """Wrap the request of a WSGI environment."""
+    def __init__(self, environ: dict[str, Any], event: Event, name: str = "") -> None:
+        """Wrap the request of a WSGI environment; name is what its path has for a {name}."""
         self.environ = environ
         self.event = event
+        self.name = name
         self.client: Client = environ.get(CLIENT) or _Nobody()
 
     def header(self, name: str) -> str | None:
@@ -178,6 +179,7 @@ class Call:
 
 
 Route = Callable[[Call], Answer]
+# By method and path; a path is words, as /data, or has a name in it, as /queues/{queue}/messages.
 Routes = Mapping[tuple[str, str], Route]
 
 

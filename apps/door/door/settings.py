@@ -3,10 +3,12 @@
 import hmac
 from base64 import b64encode
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from common.environment import Environment
 
+from door import topology
 from door.memory import MIB
 
 
@@ -53,6 +55,15 @@ class EventSettings:
 def read_memory(env: Environment) -> int:
     """Read MEMORY_LIMIT, the bytes of the container; ConfigError by name."""
     return env.number("MEMORY_LIMIT", 512 * MIB, 128 * MIB, 1024 * 1024 * MIB)
+
+
+def read_queues_file(env: Environment) -> Path | None:
+    """Read QUEUES_FILE, the path of a file that can be read, if it is set; ConfigError by name."""
+    path = env.optional("QUEUES_FILE")
+    if path is None:
+        return None
+    topology.read(Path(path))
+    return Path(path)
 
 
 @dataclass(frozen=True)

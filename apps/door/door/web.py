@@ -74,17 +74,18 @@ def equip(
         return _response(json_answer(status, {"broker": "up" if up else "down"}, retry))
 
     for method, path in routes:
-        app.add_url_rule(path, f"{method} {path}", _other_method(method), methods=[method])
+        rule = path.replace("{", "<").replace("}", ">")
+        app.add_url_rule(rule, f"{method} {path}", _other_method(method), methods=[method])
     app.after_request(_end)
     app.register_error_handler(HTTPException, _failed)
     app.register_error_handler(BrokerUnavailable, _failed)
     app.wsgi_app = Direct(app.wsgi_app, routes, events, access)  # type: ignore[method-assign]
 
 
-def _other_method(method: str) -> Callable[[], Response]:
+def _other_method(method: str) -> Callable[..., Response]:
     """Return what Flask calls for a route: only HEAD gets there, Direct has the rest."""
 
-    def view() -> Response:
+    def view(**_name: str) -> Response:
         # An answer to HEAD would have to take a message off the queue to tell its size.
         raise MethodNotAllowed([method])
 
@@ -106,6 +107,7 @@ def _event() -> Event:
 def _end(response: Response) -> Response:
     event = _event()
     route = request.url_rule.rule if request.url_rule else "none"
+    route = route.replace("<", "{").replace(">", "}")
     metrics.count(route, response.status_code, event.busy)
     response.headers[REQUEST_ID] = event.request_id
     if not event.deferred and request.path not in OPEN:

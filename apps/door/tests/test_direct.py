@@ -27,7 +27,11 @@ class Door:
         self.by_flask = 0
         (root / "openapi.json").write_text("{}")
         app = Flask("door", root_path=str(root))
-        routes = {("POST", "/data"): self._data}
+        routes = {
+            ("POST", "/data"): self._data,
+            ("GET", "/queues"): self._name,
+            ("GET", "/queues/{queue}/messages"): self._name,
+        }
         app.before_request(self._count)
         equip(app, SimpleNamespace(up=True), self.events, access, routes)
         self.client = Client(app)
@@ -42,6 +46,9 @@ class Door:
             raise ZeroDivisionError("the code's secret")
         call.event.deferred = kind == "deferred"
         return json_answer(200, {"sent": "ü", **call.query("x")})
+
+    def _name(self, call: Call) -> Answer:
+        return json_answer(200, {"name": call.name})
 
 
 GOOD = "bearer t0ken"
@@ -71,3 +78,46 @@ def test_a_bug_is_logged_and_not_told(tmp_path: Path, caplog: pytest.LogCaptureF
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert "the code's secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/queues", ""),
+        ("/queues/orders/messages", "orders"),
+        ("/queues/%C3%BC/messages", "\u00fc"),
+        ("/queues/{queue}/messages", "{queue}"),
+        ("/queues/*/messages", "*"),
+        ("/queues/../messages", ".."),
+    ],
+)
+def test_a_path_may_have_a_name_in_it(tmp_path: Path, path: str, name: str) -> None:
+    answer = Door(tmp_path, Access()).client.get(path)
+    assert answer.get_json() == {"name": name}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/queues/",
+        "/queues//messages",
+        "/queues/orders",
+        "/queues/orders/",
+        "/queues/a%2Fb/messages",
+        "/queues/orders/messages/",
+        "/topics/orders/messages",
+    ],
+)
+def test_a_path_that_is_no_route_is_404(tmp_path: Path, path: str) -> None:
+    assert Door(tmp_path, Access()).client.get(path).status_code == 404
+
+
+def test_the_metrics_have_the_path_without_its_name(tmp_path: Path) -> None:
+    client = Door(tmp_path, Access()).client
+    client.get("/queues/orders/messages")
+    assert client.head("/queues/secret/messages").headers["Allow"] == "GET"
+    told = client.get("/metrics").text
+    for status in 200, 405:
+        line = f'http_requests_total{{route="/queues/{{queue}}/messages",status="{status}"}} '
+        assert line in told
+    assert "secret" not in told

@@ -1,11 +1,12 @@
 """What the publisher is told by its environment."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from common.environment import Environment
 from door.memory import MIB
-from door.settings import Access, BrokerSettings, EventSettings, read_memory
+from door.settings import Access, BrokerSettings, EventSettings, read_memory, read_queues_file
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,10 @@ class Settings:
     events: EventSettings = field(default_factory=EventSettings)
     access: Access = field(default_factory=Access)
     exchange: str = "takeaway-in"
-    routing_key: str = "takeaway"
+    # The default queue.
+    queue: str = "takeaway"
+    # Names all queues and topics; None: there is the default queue alone.
+    queues_file: Path | None = None
     port: int = 5000
     # Processes, each with a connection to the broker.
     workers: int = 2
@@ -33,15 +37,16 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, WORKERS, MEMORY_LIMIT, MAX_MESSAGE_BYTES,
-        MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
+        RABBITMQ_*, FLUENTD_*, HTTP_*, QUEUES_FILE, PORT, WORKERS, MEMORY_LIMIT,
+        MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
             access=Access.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
-            routing_key=env.text("RABBITMQ_ROUTING_KEY", cls.routing_key),
+            queue=env.text("RABBITMQ_QUEUE", cls.queue),
+            queues_file=read_queues_file(env),
             port=env.number("PORT", cls.port, 1, 65535),
             workers=env.number("WORKERS", cls.workers, 1, 99),
             memory=read_memory(env),

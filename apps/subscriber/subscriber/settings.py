@@ -1,11 +1,12 @@
 """What the subscriber is told by its environment."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 from common.environment import Environment
 from door.memory import MIB
-from door.settings import Access, BrokerSettings, EventSettings, read_memory
+from door.settings import Access, BrokerSettings, EventSettings, read_memory, read_queues_file
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,10 @@ class Settings:
     access: Access = field(default_factory=Access)
     # Exchange for redriven messages; the routing key is the name of the queue.
     exchange: str = "takeaway-in"
+    # The default queue.
     queue: str = "takeaway"
+    # Names all queues; None: there is the default queue alone.
+    queues_file: Path | None = None
     port: int = 5001
     # Seconds a request waits for the broker's answer.
     receive_timeout: float = 4
@@ -32,8 +36,8 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS, MAX_BATCH_BYTES,
-        MEMORY_LIMIT.
+        RABBITMQ_*, FLUENTD_*, HTTP_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS,
+        MAX_BATCH_BYTES, MEMORY_LIMIT.
         """
         return cls(
             broker=BrokerSettings.read(env),
@@ -41,6 +45,7 @@ class Settings:
             access=Access.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
+            queues_file=read_queues_file(env),
             port=env.number("PORT", cls.port, 1, 65535),
             receive_timeout=env.number("RECEIVE_TIMEOUT", int(cls.receive_timeout), 1, 4),
             lease_seconds=env.number("LEASE_SECONDS", cls.lease_seconds, 1, 1499),

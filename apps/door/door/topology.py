@@ -1,0 +1,88 @@
+"""Which queues and topics there are, from a file that is read again when it changes."""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from common.environment import ConfigError
+from werkzeug.exceptions import abort
+
+log = logging.getLogger(__name__)
+
+# Seconds between two looks whether the file was replaced.
+LOOK = 1.0
+
+
+class Topology:
+    """The queues and topics that a door serves: those of a file, or a default queue alone."""
+
+    def __init__(self, default: str, path: Path | None = None) -> None:
+        """Serve the queue default, and those that the file at path names; raises ConfigError."""
+        self._default = default
+        self._path = path
+        self._version: tuple[int, int] | None = None
+        self._next = 0.0
+        self._queues, self._topics = frozenset([default]), frozenset[str]()
+        if path:
+            self._version = _version(path)
+            self._queues, self._topics = read(path)
+
+    @property
+    def queues(self) -> frozenset[str]:
+        """The names of all queues."""
+        self._refresh()
+        return self._queues
+
+    def queue(self, name: str) -> str:
+        """Return name, or the default queue's where it is empty; aborts with 404 without one."""
+        if not name:
+            return self._default
+        if name not in self.queues:
+            abort(404, f"There is no queue {name[:200]!r}.")
+        return name
+
+    def topic(self, name: str) -> str:
+        """Return name; aborts with 404 when there is no such topic."""
+        self._refresh()
+        if name not in self._topics:
+            abort(404, f"There is no topic {name[:200]!r}.")
+        return name
+
+    def _refresh(self) -> None:
+        """Read the file again if it was replaced; one that cannot be read changes nothing."""
+        if self._path is None or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + LOOK
+        try:
+            version = _version(self._path)
+            if version != self._version:
+                self._version = version
+                self._queues, self._topics = read(self._path)
+                log.info("Serving %d queues and %d topics", len(self._queues), len(self._topics))
+        except ConfigError as error:
+            log.warning("The queues stay as they are: %s", error)
+
+
+def read(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the queues and of the topics in the file at path; ConfigError else.
+
+    It is `{"queues": ["orders"], "topics": ["events"]}`.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        queues, topics = told["queues"], told["topics"]
+        if not all(isinstance(name, str) for name in (*queues, *topics)):
+            raise TypeError("a name is no string")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"QUEUES_FILE={path} cannot be read: {error!r}") from None
+    return frozenset(queues), frozenset(topics)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Return what differs once the file at path was replaced; ConfigError without one."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ConfigError(f"QUEUES_FILE={path} cannot be read: {error!r}") from None
+    return found.st_ino, found.st_mtime_ns
