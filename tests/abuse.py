@@ -77,7 +77,7 @@ with pika.BlockingConnection(where) as connection:
     channel.confirm_delivery()
     for name in names:
         body = (name + " ").encode().ljust(int(size), bytes([int(fill)]))
-        target = os.environ["RABBITMQ_EXCHANGE"], os.environ["RABBITMQ_ROUTING_KEY"]
+        target = os.environ["RABBITMQ_EXCHANGE"], os.environ["RABBITMQ_QUEUE"]
         channel.basic_publish(*target, body, pika.BasicProperties(delivery_mode=2), mandatory=True)
 """
 

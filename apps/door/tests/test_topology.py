@@ -62,7 +62,8 @@ def test_the_file_is_looked_at_once_in_a_while(path: Path, monkeypatch: pytest.M
     assert changing.queue("orders") == "orders"
     replace(path, '{"queues": ["takeaway"], "topics": []}')
     assert changing.queue("orders") == "orders"
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic(): now + 61)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     with pytest.raises(NotFound):
         changing.queue("orders")
 
@@ -76,7 +77,7 @@ def test_a_bad_file_stops_the_start_and_later_changes_nothing(
     with caplog.at_level(logging.WARNING):
         assert changing.queue("orders") == "orders"
     assert "The queues stay as they are" in caplog.text
-    with pytest.raises(ConfigError, match="QUEUES_FILE=.*queues.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"QUEUES_FILE=.*queues\.json cannot be read"):
         Topology("takeaway", path)
 
 

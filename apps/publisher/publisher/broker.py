@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from door import BrokerUnavailable
 from door.amqp import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties, Channel, Link, Method
@@ -46,6 +46,18 @@ class Message:
     content_encoding: str | None = None
 
 
+class Target(NamedTuple):
+    """Where the messages of a request go: an exchange, and their routing key there.
+
+    Whoever sends to a topic does not know whether anybody subscribed: it may drop what matches no
+    subscription. A queue may not.
+    """
+
+    exchange: str
+    key: str
+    topic: bool = False
+
+
 class Unconfirmed(BrokerUnavailable):
     """Not every message of a request was confirmed; the first `certain` of them were."""
 
@@ -58,10 +70,13 @@ class Unconfirmed(BrokerUnavailable):
 class _Sending:
     """The messages of one request on their way to the broker."""
 
-    __slots__ = ("confirmed", "done", "error", "left", "messages", "sent")
+    __slots__ = ("confirmed", "done", "dropped", "error", "left", "messages", "sent", "target")
 
-    def __init__(self, messages: Sequence[Message]) -> None:
+    def __init__(self, messages: Sequence[Message], target: Target) -> None:
         self.messages = messages
+        self.target = target
+        # How many a topic dropped.
+        self.dropped = 0
         self.sent = 0
         self.left = len(messages)
         self.confirmed = bytearray(len(messages))
@@ -108,9 +123,9 @@ class Broker(Link):
         # Delivery tag → message, in the order of publishing, so that a multiple ack is a prefix.
         self._unconfirmed: dict[int, tuple[_Sending, int]] = {}
         self._unconfirmed_bytes = 0
-        # Message id → why it was returned, and the last tag published by then. basic.return has no
-        # delivery tag: every message in flight with that id counts as returned.
-        self._returned: dict[str, tuple[str, int]] = {}
+        # Target and id → why it was returned, and the last tag published by then. basic.return has
+        # no delivery tag: every message in flight with that id to that target counts as returned.
+        self._returned: dict[tuple[str, str, str], tuple[str, int]] = {}
         self._tag = 0
         # Counts confirms and new channels. While it stays the same, the broker is silent.
         self._signs = 0
@@ -120,18 +135,21 @@ class Broker(Link):
         """Whether a message can be published now: connected, confirms on, not blocked."""
         return self.channel is not None and not self._blocked
 
-    def publish(self, messages: Sequence[Message]) -> None:
-        """Publish messages, in order, persistent and mandatory, and wait for all the confirms.
+    def publish(self, messages: Sequence[Message], target: Target) -> int:
+        """Publish messages to target, in order and persistent, and wait for all the confirms.
 
-        Raises Unconfirmed at once when the broker is away, blocks or silent; when it nacks or
-        returns a message; when the connection ends or blocks while waiting; and when a time-out
-        passes without a confirm of these messages, which renews the connection if nothing else
-        was confirmed meanwhile. What is not confirmed may still be in the queue.
+        Returns how many of them the topic dropped, as they match no subscription.
+
+        Raises Unconfirmed at once when the broker is away, blocks or silent; when it nacks a
+        message, or returns one that is for a queue; when the connection ends or blocks while
+        waiting; and when a time-out passes without a confirm of these messages, which renews the
+        connection if nothing else was confirmed meanwhile. What is not confirmed may still be in
+        the queue.
         """
         if not self.up:
             state = "is not connected" if self.channel is None else "blocks publishers"
             raise Unconfirmed(f"The broker {state}; {UNSENT}.")
-        sending = _Sending(messages)
+        sending = _Sending(messages, target)
         self._fresh.append(sending)
         self._flush_soon()
         signs, left = self._signs, sending.left
@@ -141,6 +159,7 @@ class Broker(Link):
             signs, left = self._signs, sending.left
         if sending.error is not None:
             raise Unconfirmed(sending.error, sending.certain)
+        return sending.dropped
 
     def _time_out(self, sending: _Sending, silent: bool) -> None:
         """Give sending up, and the connection if it is silent.
@@ -241,8 +260,8 @@ class Broker(Link):
         self._unconfirmed[self._tag] = sending, index
         self._unconfirmed_bytes += len(message.body)
         self.channel.basic_publish(  # type: ignore[union-attr]
-            self._settings.exchange,
-            self._settings.routing_key,
+            sending.target.exchange,
+            sending.target.key,
             message.body,
             BasicProperties(
                 content_type=message.content_type,
@@ -261,8 +280,9 @@ class Broker(Link):
         """Remember a message that no queue took; its ack comes after this."""
         reason = f"{method.reply_code} {method.reply_text}"
         # Removed first, so that it is inserted at the end: the oldest tag stands first.
-        self._returned.pop(properties.message_id, None)
-        self._returned[properties.message_id] = reason, self._tag
+        key = method.exchange, method.routing_key, properties.message_id
+        self._returned.pop(key, None)
+        self._returned[key] = reason, self._tag
 
     def _on_confirm(self, frame: Method[Any]) -> None:
         """Settle the message, or all up to it, that the broker acked or nacked."""
@@ -278,16 +298,23 @@ class Broker(Link):
             if sending is not None:
                 message = sending.messages[index]
                 self._unconfirmed_bytes -= len(message.body)
-                sending.settle(index, error or self._return_of(message, tag))
+                returned = self._return_of(sending.target, message, tag)
+                if returned and sending.target.topic:
+                    sending.dropped += 1
+                    returned = None
+                sending.settle(index, error or returned)
         first = next(iter(self._unconfirmed), self._tag + 1)
         while self._returned and next(iter(self._returned.values()))[1] < first:
             del self._returned[next(iter(self._returned))]
         if self._fresh or self._begun:
             self._flush_soon()
 
-    def _return_of(self, message: Message, tag: int) -> str | None:
-        """Why message, published as tag, was returned; None if it was not."""
-        reason, last = self._returned.get(message.id, ("", 0))
+    def _return_of(self, target: Target, message: Message, tag: int) -> str | None:
+        """Why message, published as tag to target, was returned; None if it was not."""
+        if not self._returned:
+            return None
+        key = target.exchange, target.key, message.id
+        reason, last = self._returned.get(key, ("", 0))
         return f"The broker has no queue for the message ({reason})." if tag <= last else None
 
     def _on_blocked(self, _connection: object, frame: Method[Any]) -> None:

@@ -27,8 +27,9 @@ from door.memory import Memory
 from door.server import Body
 from door.settings import Access
 from flask.testing import FlaskClient
+from prometheus_client import REGISTRY
 from publisher.app import create_app
-from publisher.broker import Message, Unconfirmed
+from publisher.broker import Message, Target, Unconfirmed
 from publisher.settings import Settings
 
 PROJECT = Path(__file__).parents[3]
@@ -44,11 +45,16 @@ class FakeBroker:
         self.up = True
         self.certain = 0
         self.messages: list[Message] = []
+        self.targets: list[Target] = []
+        # Of each request, so many messages match no subscription.
+        self.dropped = 0
 
-    def publish(self, messages: Sequence[Message]) -> None:
+    def publish(self, messages: Sequence[Message], target: Target) -> int:
         if not self.up:
             raise Unconfirmed("The broker is not connected.", self.certain)
         self.messages += messages
+        self.targets.append(target)
+        return self.dropped
 
     @property
     def bodies(self) -> list[bytes]:
@@ -76,8 +82,10 @@ def events() -> Events:
 
 
 @pytest.fixture
-def client(broker: FakeBroker, events: Events) -> FlaskClient:
-    settings = Settings(max_message_bytes=LIMIT, max_batch_bytes=BATCH_LIMIT)
+def client(broker: FakeBroker, events: Events, tmp_path: Path) -> FlaskClient:
+    queues = tmp_path / "queues.json"
+    queues.write_text('{"queues": ["takeaway", "orders"], "topics": ["events"]}')
+    settings = Settings(queues_file=queues, max_message_bytes=LIMIT, max_batch_bytes=BATCH_LIMIT)
     return create_app(settings, broker, events).test_client()
 
 
@@ -859,7 +867,7 @@ def test_the_description_names_every_route(client: FlaskClient) -> None:
         for method in {"get", "post"} & item.keys()
     }
     assert described == {
-        (rule.rule, method.lower())
+        (rule.rule.replace("<", "{").replace(">", "}"), method.lower())
         for rule in client.application.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
@@ -874,7 +882,7 @@ def test_settings_come_from_the_environment() -> None:
             {
                 **LOGIN,
                 "RABBITMQ_EXCHANGE": "e",
-                "RABBITMQ_ROUTING_KEY": "k",
+                "RABBITMQ_QUEUE": "k",
                 "PORT": "4",
                 "WORKERS": "5",
                 "MAX_MESSAGE_BYTES": "7",
@@ -887,7 +895,7 @@ def test_settings_come_from_the_environment() -> None:
             }
         )
     )
-    assert (read.broker.user, read.exchange, read.routing_key) == ("u", "e", "k")
+    assert (read.broker.user, read.exchange, read.queue) == ("u", "e", "k")
     assert (read.port, read.workers, read.access) == (4, 5, Access(("Bearer t",)))
     assert (read.max_message_bytes, read.max_batch_bytes, read.confirm_timeout) == (7, 8, 2)
     assert read.memory == 256 * 1024 * 1024
@@ -1076,3 +1084,98 @@ def test_the_check_before_the_start_counts_as_no_worker() -> None:
     subprocess.run(
         [sys.executable, "-c", script], env={"PYTHONPATH": folders}, cwd=PROJECT, check=True
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "queue"),
+    [
+        ("/messages", "takeaway"),
+        ("/batch", "takeaway"),
+        ("/queues/orders/messages", "orders"),
+        ("/queues/orders/batch", "orders"),
+        ("/queues/takeaway/messages", "takeaway"),
+    ],
+)
+def test_a_message_goes_to_the_queue_of_its_path(
+    client: FlaskClient, broker: FakeBroker, events: Events, path: str, queue: str
+) -> None:
+    assert client.post(path, data=b'"hi"').status_code == 201
+    assert broker.targets == [Target("takeaway-in", queue)]
+    assert (events[0]["event"], events[0]["queue"]) == ("publish", queue)
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/queues/orders.dead/messages", "There is no queue 'orders.dead'."),
+        ("/queues/events/batch", "There is no queue 'events'."),
+        ("/topics/orders/messages?key=a", "There is no topic 'orders'."),
+        (f"/queues/{'q' * 300}/messages", f"There is no queue '{'q' * 200}'."),
+        ("/queues/a%2Fb/messages", "was not found"),
+        ("/queues/../messages", "There is no queue '..'."),
+    ],
+)
+def test_a_queue_or_topic_that_is_not_there_is_404(
+    client: FlaskClient, broker: FakeBroker, path: str, fault: str
+) -> None:
+    answer = client.post(path, data=b'"hi"')
+    assert answer.status_code == 404
+    assert fault in answer.json["message"]  # type: ignore[index]
+    assert broker.messages == []
+
+
+def test_a_topic_s_messages_are_sent_by_their_key(
+    client: FlaskClient, broker: FakeBroker, events: Events
+) -> None:
+    single = client.post("/topics/events/messages?key=order.created", data=b"hi")
+    assert (single.status_code, single.json["stored"]) == (201, True)  # type: ignore[index]
+    assert single.headers["Message-Id"] == broker.last.id == single.json["id"]  # type: ignore[index]
+    many = client.post("/topics/events/batch?key=a%20b", data=b'"1"\n"2"')
+    assert (many.status_code, many.json) == (201, {"sent": 2, "stored": 2})
+    assert broker.targets == [Target("events", key, True) for key in ("order.created", "a b")]
+    assert (events[0]["topic"], events[0]["key"]) == ("events", "order.created")
+
+
+def test_what_matches_no_subscription_is_no_error_and_is_counted(
+    client: FlaskClient, broker: FakeBroker, events: Events
+) -> None:
+    def counted() -> float:
+        name = "topic_messages_dropped_total"
+        return REGISTRY.get_sample_value(name, {"topic": "events"}) or 0
+
+    before = counted()
+    broker.dropped = 1
+    single = client.post("/topics/events/messages?key=a", data=b"hi")
+    assert (single.status_code, single.json["stored"]) == (200, False)  # type: ignore[index]
+    some = client.post("/topics/events/batch?key=a", data=b'"1"\n"2"')
+    assert (some.status_code, some.json) == (201, {"sent": 2, "stored": 1})
+    none = client.post("/topics/events/batch?key=a", data=b'"1"')
+    assert (none.status_code, none.json) == (200, {"sent": 1, "stored": 0})
+    assert [event["dropped"] for event in events] == [1, 1, 1]
+    assert counted() == before + 3
+
+
+@pytest.mark.parametrize("query", ["", "?key=", f"?key={'k' * 256}", "?key=%C3%BC"])
+def test_a_topic_needs_a_key_that_amqp_takes(
+    client: FlaskClient, broker: FakeBroker, query: str
+) -> None:
+    for path in "/topics/events/messages", "/topics/events/batch":
+        answer = client.post(path + query, data=b'"hi"')
+        assert answer.status_code == 400
+        assert "Say the routing key" in answer.json["message"]  # type: ignore[index]
+    assert broker.messages == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/messages", "/batch", "/queues/orders/messages", "/topics/events/batch"]
+)
+def test_an_unknown_parameter_is_named(client: FlaskClient, path: str) -> None:
+    answer = client.post(f"{path}?kye=a", data=b'"1"')
+    assert answer.status_code == 400
+    assert "'kye'" in answer.json["message"]  # type: ignore[index]
+
+
+def test_a_batch_for_a_topic_tells_what_is_certain(client: FlaskClient, broker: FakeBroker) -> None:
+    broker.up, broker.certain = False, 3
+    answer = client.post("/topics/events/batch?key=a", data=b'"1"')
+    assert (answer.status_code, answer.json["certain"]) == (503, 3)  # type: ignore[index]

@@ -13,7 +13,7 @@ from pika.exceptions import ChannelWrongStateError, StreamLostError
 from pika.frame import Method
 from pika.spec import Basic, BasicProperties
 from pika.spec import Connection as ConnectionMethods
-from publisher.broker import Broker, Message, Unconfirmed
+from publisher.broker import Broker, Message, Target, Unconfirmed
 from publisher.settings import Settings
 
 DEADLINE = 3  # seconds any promise may take
@@ -82,8 +82,8 @@ class Channel:
         self._confirmed(Method(1, Basic.Nack(tag, multiple)))
 
     def return_(self, tag: int) -> None:
-        _, key, body, properties, _ = self.published[tag - 1]
-        self._returned(self, Basic.Return(312, "NO_ROUTE", "", key), properties, body)
+        exchange, key, body, properties, _ = self.published[tag - 1]
+        self._returned(self, Basic.Return(312, "NO_ROUTE", exchange, key), properties, body)
 
 
 def open_(broker: Broker) -> Any:
@@ -96,6 +96,8 @@ def open_(broker: Broker) -> Any:
 
 
 Make = Callable[..., tuple[Broker, Channel]]
+QUEUE = Target("takeaway-in", "takeaway")
+TOPIC = Target("events", "order.created", topic=True)
 
 
 @pytest.fixture
@@ -116,16 +118,17 @@ def message(body: bytes) -> Message:
     return Message(body, f"id of {body!r}")
 
 
-def send(broker: Broker, *bodies: bytes) -> Greenlet:
+def send(broker: Broker, *bodies: bytes, to: Target = QUEUE) -> Greenlet:
     """Start a request that publishes bodies; on return all is sent or it has failed."""
-    request = gevent.spawn(broker.publish, [message(body) for body in bodies])
+    request = gevent.spawn(broker.publish, [message(body) for body in bodies], to)
     gevent.idle()
     return request
 
 
 def done(*requests: Greenlet) -> bool:
     """Let requests end well; others raise."""
-    assert [request.get(timeout=DEADLINE) for request in requests] == [None] * len(requests)
+    for request in requests:
+        assert not request.get(timeout=DEADLINE), "a topic dropped some"
     return True
 
 
@@ -139,7 +142,7 @@ def fails(request: Greenlet, match: str) -> int:
 def test_publish_returns_only_after_the_confirm(make: Make) -> None:
     broker, channel = make()
     full = Message(b"pizza", "mine", "image/png", {"X-Request-Id": "r", "X-Table": "7"})
-    request = gevent.spawn(broker.publish, [full])
+    request = gevent.spawn(broker.publish, [full], QUEUE)
     gevent.idle()
     assert not request.ready()
     channel.ack(1)
@@ -214,6 +217,33 @@ def test_of_messages_with_one_id_on_their_way_all_count_as_returned_and_no_later
     assert not broker._returned, "nothing is remembered for ever"
 
 
+def test_a_topic_drops_what_no_queue_takes_and_confirms_the_rest(make: Make) -> None:
+    broker, channel = make()
+    some, none = send(broker, b"1", b"2", b"3", to=TOPIC), send(broker, b"4", to=TOPIC)
+    for tag in 2, 4:
+        channel.return_(tag)
+    channel.ack(4, multiple=True)
+    assert (some.get(timeout=DEADLINE), none.get(timeout=DEADLINE)) == (1, 1)
+    assert {message[:2] for message in channel.published} == {("events", "order.created")}
+
+
+def test_what_a_topic_drops_is_no_other_target_s(make: Make) -> None:
+    broker, channel = make()
+    dropped, queued = send(broker, b"twin", to=TOPIC), send(broker, b"twin")
+    other = send(broker, b"twin", to=TOPIC._replace(key="order.paid"))
+    channel.return_(1)
+    channel.ack(3, multiple=True)
+    assert dropped.get(timeout=DEADLINE) == 1
+    assert done(queued, other)
+
+
+def test_a_nack_fails_a_topic_s_message_as_a_queue_s(make: Make) -> None:
+    broker, channel = make()
+    request = send(broker, b"1", to=TOPIC)
+    channel.nack(1)
+    fails(request, "refused the message")
+
+
 def test_a_returned_message_s_second_attempt_does_not_fail_for_the_first(make: Make) -> None:
     broker, channel = make()
     slow = send(broker, b"slow")
@@ -259,7 +289,7 @@ def test_a_message_that_was_not_sent_before_the_loss_is_sent_by_nobody(make: Mak
         broker.lost(StreamLostError("reset by peer"))
         second.append(open_(broker))
 
-    request = gevent.spawn(broker.publish, [message(b"unlucky")])
+    request = gevent.spawn(broker.publish, [message(b"unlucky")], QUEUE)
     gevent.spawn(renew)  # before the flush, which is due in the same turn of the loop
     fails(request, "lost.*not published")
     again = send(broker, b"pizza")
@@ -271,7 +301,7 @@ def test_a_message_that_was_not_sent_before_the_loss_is_sent_by_nobody(make: Mak
 def test_a_channel_that_cannot_be_written_to_is_given_up(make: Make) -> None:
     broker, channel = make()
     channel.broken = True
-    requests = [gevent.spawn(broker.publish, [message(b"pizza")]) for _ in range(3)]
+    requests = [gevent.spawn(broker.publish, [message(b"pizza")], QUEUE) for _ in range(3)]
     for request in requests:
         fails(request, "lost")
     assert isinstance(channel.connection.cut_because, ChannelWrongStateError)
@@ -364,7 +394,7 @@ def test_a_confirm_that_nobody_waits_for_does_no_harm(make: Make) -> None:
 
 def test_the_requests_of_one_turn_leave_in_one_piece_and_in_their_order(make: Make) -> None:
     broker, channel = make()
-    requests = [gevent.spawn(broker.publish, [message(b"%d" % one)]) for one in range(10)]
+    requests = [gevent.spawn(broker.publish, [message(b"%d" % one)], QUEUE) for one in range(10)]
     gevent.idle()
     assert channel.bodies == [b"%d" % one for one in range(10)]
     assert channel.connection.pieces == [10]
@@ -384,7 +414,7 @@ def confirm_all(channel: Channel) -> None:
 def test_a_large_batch_leaves_in_order_and_in_pieces_between_which_others_run(make: Make) -> None:
     broker, channel = make()
     bodies = [b"%d" % number for number in range(1234)]
-    request = gevent.spawn(broker.publish, [message(body) for body in bodies])
+    request = gevent.spawn(broker.publish, [message(body) for body in bodies], QUEUE)
     while not channel.published:
         gevent.sleep(0)
     assert len(channel.published) == 500, "others run before the rest is sent"
@@ -404,10 +434,10 @@ def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> 
 
     def single(body: bytes) -> None:
         came[body] = len(pieces)
-        broker.publish([message(body)])
+        broker.publish([message(body)], QUEUE)
 
     batch = [message(b"")] * 10_000
-    requests = [gevent.spawn(broker.publish, batch) for _ in range(6)]
+    requests = [gevent.spawn(broker.publish, batch, QUEUE) for _ in range(6)]
     while not all(request.ready() for request in requests[:6]):
         assert len(pieces) < 1000
         requests.append(gevent.spawn(single, b"single %d" % len(requests)))
@@ -430,12 +460,12 @@ def test_batches_go_on_while_new_messages_fill_every_flush(
     make: Make, new: int, body: bytes
 ) -> None:
     broker, channel = make()
-    batch = gevent.spawn(broker.publish, [message(b"")] * 1000)
+    batch = gevent.spawn(broker.publish, [message(b"")] * 1000, QUEUE)
     gevent.sleep(0)
     singles: list[Greenlet] = []
     while not batch.ready():
         assert len(channel.connection.pieces) < 10
-        singles += [gevent.spawn(broker.publish, [message(body)]) for _ in range(new)]
+        singles += [gevent.spawn(broker.publish, [message(body)], QUEUE) for _ in range(new)]
         gevent.sleep(0)
         channel.ack(len(channel.published), multiple=True)
     confirm_all(channel)
@@ -561,7 +591,7 @@ def test_the_rest_of_a_batch_that_failed_is_not_sent(
 ) -> None:
     monkeypatch.setattr("publisher.broker.MAX_FLUSH", 2)
     broker, channel = make()
-    request = gevent.spawn(broker.publish, [message(b"%d" % number) for number in range(9)])
+    request = gevent.spawn(broker.publish, [message(b"%d" % number) for number in range(9)], QUEUE)
     while not channel.published:
         gevent.sleep(0)
     channel.ack(2, multiple=True)
