@@ -962,7 +962,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise Broken(f"There is no case {', '.join(sorted(unknown))}.")
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    stack = Stack(options.stack, options.publisher, options.subscriber, options.queue)
+    stack = Stack(options.stack, options.publisher, options.subscriber, {options.queue})
     wait_until(stack.ready, RECOVERY, "both doors are ready")
 
     def empty() -> bool:

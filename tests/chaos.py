@@ -3,10 +3,12 @@
 On the Docker host, as root or with sudo that asks for no password:
 
     python3 tests/chaos.py --messages 100000 --clients 16 --rounds 5
+    python3 tests/chaos.py --to '/topics/events/messages?key=order.created=orders,audit'
     python3 tests/chaos.py --hangups 1000
 
-The first kills containers, processes and a worker while clients send and receive; the second has
-clients leave in mid-response. Both take every message of the queue, so it must be empty before.
+The first kills containers, processes and a worker while clients send and receive. So does the
+second, where the clients send to a topic, and every message must arrive in two queues. The third
+has clients leave in mid-response. All take every message of the queues, which must be empty before.
 What happened is printed, in the last line as JSON; the exit status is 1 when `problems` has any.
 """
 
@@ -44,12 +46,8 @@ PAUSE = 0.2
 # Seconds a client waits for its answer. A receiver that gave up would itself change the order.
 PATIENCE = 30
 
-# How the receivers ask, one each.
-RECEIVE = (
-    "/receive?wait=1",
-    "/receive?wait=1&max=100",
-    "/receive?wait=1&max=100&ack=manual",
-)
+# How the receivers of a queue ask, one each.
+RECEIVE = ("wait=1", "wait=1&max=100", "wait=1&max=100&ack=manual")
 
 # Messages of --hangups, and characters of each. Of a response the subscriber's socket holds 64 KiB
 # (the kernel doubles that, and takes one segment more), the client's WINDOW: who leaves with more
@@ -72,6 +70,19 @@ class Message(NamedTuple):
     def __str__(self) -> str:
         """Return it as in the body."""
         return f"{self.client}:{self.number}"
+
+
+class Way(NamedTuple):
+    """Where clients send, and the queues in which what they send must arrive."""
+
+    path: str
+    queues: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Way":
+        """Read `PATH=QUEUE,QUEUE`; the path may have a = in it."""
+        path, _, queues = text.rpartition("=")
+        return cls(path, tuple(queues.split(",")))
 
 
 class Delivery(NamedTuple):
@@ -154,9 +165,10 @@ class Stack:
     What breaks one returns a function that tells whether it runs again.
     """
 
-    def __init__(self, name: str, publisher: str, subscriber: str, queue: str) -> None:
+    def __init__(self, name: str, publisher: str, subscriber: str, queues: set[str]) -> None:
         """Raise Broken unless the containers are the stack's own."""
-        self.name, self.publisher, self.subscriber, self.queue = name, publisher, subscriber, queue
+        self.name, self.publisher, self.subscriber = name, publisher, subscriber
+        self.queues = queues
         label = '{{index .Config.Labels "message-broker-stack"}}'
         for service in "rabbitmq", "publisher", "subscriber":
             if self.inspect(service, label) != name:
@@ -196,18 +208,22 @@ class Stack:
         """Return how many messages the broker last counted, unacknowledged ones included."""
         ask = ("rabbitmqctl", "--quiet", "--formatter", "json", "list_queues", "name", "messages")
         queues = json.loads(docker("exec", f"{self.name}-rabbitmq", *ask))
-        return sum(queue["messages"] for queue in queues if queue["name"] == self.queue)
+        return sum(queue["messages"] for queue in queues if queue["name"] in self.queues)
 
     def dead(self) -> list[str]:
-        """Return what is wrong with the dead queue, which must be empty.
+        """Return what is wrong with the dead queues, which must be empty.
 
         No blow returns a message as often as the delivery limit.
         """
-        status, body = self.ask(self.subscriber, "/dead?max=10")
-        if status == 200:
-            bodies = [json.loads(line)["body"][:40] for line in body.splitlines()]
-            return named("or more in the dead queue", bodies)
-        return [] if status == 204 else [f"GET /dead is {status}: {body[:200]!r}"]
+        problems = []
+        for queue in sorted(self.queues):
+            status, body = self.ask(self.subscriber, f"/queues/{queue}/dead?max=10")
+            if status == 200:
+                bodies = [json.loads(line)["body"][:40] for line in body.splitlines()]
+                problems += named(f"or more in {queue}.dead", bodies)
+            elif status != 204:
+                problems.append(f"GET /queues/{queue}/dead is {status}: {body[:200]!r}")
+        return problems
 
     def restart_broker(self) -> Callable[[], bool]:
         """Restart the broker in good order."""
@@ -297,10 +313,10 @@ class Gate:
 class Sender(threading.Thread):
     """A client that sends its numbers in order, each once, whatever comes of it."""
 
-    def __init__(self, client: str, url: str, path: str, gate: Gate) -> None:
-        """Send to path, which is /data or /messages, as many as gate gives."""
+    def __init__(self, client: str, url: str, way: Way, gate: Gate) -> None:
+        """Send to way, a form to /data and bytes to others, as many as gate gives."""
         super().__init__(daemon=True)
-        self.client, self.path, self.gate = client, path, gate
+        self.client, self.way, self.gate = client, way, gate
         self.connection = connect(url)
         self.tried: list[Message] = []
         self.confirmed: list[Message] = []
@@ -321,12 +337,12 @@ class Sender(threading.Thread):
     def send(self, message: Message) -> None:
         """Send message over the connection; one without a 201 is never sent again."""
         body = str(message)
-        if self.path == "/data":
+        if self.way.path == "/data":
             headers = {"Content-Type": "application/x-www-form-urlencoded"}
             body = urlencode({"message": body})
         else:
             headers = {"Content-Type": "text/plain", "Message-Id": body}
-        self.connection.request("POST", self.path, body.encode(), headers)
+        self.connection.request("POST", self.way.path, body.encode(), headers)
         response = self.connection.getresponse()
         response.read()
         self.answers[str(response.status)] += 1
@@ -339,10 +355,10 @@ class Sender(threading.Thread):
 class Receiver(threading.Thread):
     """A client that receives until it is told to stop."""
 
-    def __init__(self, url: str, path: str) -> None:
-        """Ask path, and acknowledge by POST /ack where path says so."""
+    def __init__(self, url: str, queue: str, query: str) -> None:
+        """Receive from queue as query says, and acknowledge where it says ack=manual."""
         super().__init__(daemon=True)
-        self.path, self.manual = path, "ack=manual" in path
+        self.queue, self.query, self.manual = queue, query, "ack=manual" in query
         self.connection = connect(url)
         self.seen: list[Delivery] = []
         self.answers: Counter[str] = Counter()
@@ -361,7 +377,8 @@ class Receiver(threading.Thread):
 
     def receive(self) -> None:
         """Ask once."""
-        self.connection.request("GET", self.path, headers={"Accept": "application/json"})
+        path = f"/queues/{self.queue}/messages?{self.query}"
+        self.connection.request("GET", path, headers={"Accept": "application/json"})
         response = self.connection.getresponse()
         self.answers[str(response.status)] += 1
         receipts = []
@@ -380,7 +397,8 @@ class Receiver(threading.Thread):
     def acknowledge(self, receipts: list[str]) -> None:
         """Acknowledge; what this fails for comes again, as redelivered."""
         body = json.dumps({"receipts": receipts}).encode()
-        self.connection.request("POST", "/ack", body, {"Content-Type": "application/json"})
+        path = f"/queues/{self.queue}/ack"
+        self.connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = self.connection.getresponse()
         response.read()
         self.answers[f"ack {response.status}"] += 1
@@ -393,7 +411,7 @@ def drain(stack: Stack, receivers: list[Receiver]) -> None:
         quiet = time.monotonic() - max(receiver.last for receiver in receivers)
         return quiet > COUNTED and stack.depth() == 0
 
-    wait_until(empty, DRAIN, "the queue is drained and nothing is unacknowledged")
+    wait_until(empty, DRAIN, "the queues are drained and nothing is unacknowledged")
     for receiver in receivers:
         receiver.over.set()
         receiver.join()
@@ -422,15 +440,30 @@ def blows(stack: Stack, gate: Gate, rounds: int) -> list[dict[str, Any]]:
     return done
 
 
-def chaos(stack: Stack, messages: int, clients: int, rounds: int) -> dict[str, Any]:
-    """Send messages while blows fall; what came of it."""
+def check_queue(queue: str, senders: list[Sender], receivers: list[Receiver]) -> list[str]:
+    """Return what is wrong with what arrived in queue."""
+    those = [sender for sender in senders if queue in sender.way.queues]
+    confirmed = {message for sender in those for message in sender.confirmed}
+    tried = {message for sender in those for message in sender.tried}
+    seen = [receiver.seen for receiver in receivers if receiver.queue == queue]
+    return [f"{queue}: {problem}" for problem in check(confirmed, tried, seen)]
+
+
+def chaos(
+    stack: Stack, ways: list[Way], messages: int, clients: int, rounds: int
+) -> dict[str, Any]:
+    """Send messages by ways while blows fall; what came of it."""
     run = secrets.token_hex(3)
     gate = Gate(messages)
     senders = [
-        Sender(f"{run}-{number}", stack.publisher, ("/data", "/messages")[number % 2], gate)
+        Sender(f"{run}-{number}", stack.publisher, ways[number % len(ways)], gate)
         for number in range(clients)
     ]
-    receivers = [Receiver(stack.subscriber, path) for path in RECEIVE]
+    receivers = [
+        Receiver(stack.subscriber, queue, query)
+        for queue in sorted(stack.queues)
+        for query in RECEIVE
+    ]
     start = time.monotonic()
     for thread in [*senders, *receivers]:
         thread.start()
@@ -442,8 +475,8 @@ def chaos(stack: Stack, messages: int, clients: int, rounds: int) -> dict[str, A
 
     confirmed = {message for sender in senders for message in sender.confirmed}
     tried = {message for sender in senders for message in sender.tried}
-    seen = [delivery for receiver in receivers for delivery in receiver.seen]
-    arrived = {delivery.message for delivery in seen}
+    seen = [(receiver.queue, delivery) for receiver in receivers for delivery in receiver.seen]
+    arrived = {delivery.message for _, delivery in seen}
     posts = sum((sender.answers for sender in senders), Counter())
     return {
         "sent": len(tried),
@@ -451,15 +484,17 @@ def chaos(stack: Stack, messages: int, clients: int, rounds: int) -> dict[str, A
         "uncertain": len(tried - confirmed),
         "uncertain_arrived": len(arrived & tried - confirmed),
         "arrived": len(arrived),
-        "redelivered": sum(delivery.redelivered for delivery in seen),
-        "duplicates": len(seen) - len(arrived),
+        "redelivered": sum(delivery.redelivered for _, delivery in seen),
+        "duplicates": len(seen) - len({(queue, each.message) for queue, each in seen}),
         "seconds": round(seconds, 1),
         "confirmed_per_second": round(len(confirmed) / seconds),
         "recoveries": recoveries,
         "posts": posts,
-        "receives": {receiver.path: receiver.answers for receiver in receivers},
+        "receives": {f"{each.queue}?{each.query}": each.answers for each in receivers},
         "problems": [
-            *check(confirmed, tried, [receiver.seen for receiver in receivers]),
+            *chain.from_iterable(
+                check_queue(queue, senders, receivers) for queue in sorted(stack.queues)
+            ),
             *named("unexpected answers to POST", sorted(posts.keys() - {"201", "503", "none"})),
             *stack.dead(),
         ],
@@ -518,7 +553,7 @@ def hangups(stack: Stack, count: int, clients: int) -> dict[str, Any]:
     wait_until(stack.ready, RECOVERY, "both doors are ready")
     time.sleep(3)
 
-    receiver = Receiver(stack.subscriber, "/receive?wait=1&max=5")
+    receiver = Receiver(stack.subscriber, min(stack.queues), "wait=1&max=5")
     receiver.start()
     drain(stack, [receiver])
     # Nothing lost its connection to the broker, so order and number hold for all of them.
@@ -544,18 +579,21 @@ def hangups(stack: Stack, count: int, clients: int) -> dict[str, Any]:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do what the options ask, on a stack whose queues are empty."""
-    stack = Stack(options.stack, options.publisher, options.subscriber, options.queue)
+    default = [Way(path, (options.queue,)) for path in ("/data", "/messages")]
+    ways = options.to or default
+    queues = {queue for way in ways for queue in way.queues}
+    stack = Stack(options.stack, options.publisher, options.subscriber, queues)
     wait_until(stack.ready, RECOVERY, "both doors are ready")
     wait_until(
         lambda: stack.depth() == 0,
         2 * COUNTED,
-        f"{stack.queue} is empty; receive first what is in it, as this would take it",
+        f"{', '.join(sorted(queues))}: empty; receive first what is there, as this would take it",
     )
     if problems := stack.dead():
         raise Broken(f"{problems[0]}; it must be empty before.")
     if options.hangups:
         return hangups(stack, options.hangups, options.clients)
-    return chaos(stack, options.messages, options.clients, options.rounds)
+    return chaos(stack, ways, options.messages, options.clients, options.rounds)
 
 
 def crash(failure: threading.ExceptHookArgs) -> None:
@@ -570,7 +608,14 @@ def main() -> int:
     parser.add_argument("--stack", default="broker")
     parser.add_argument("--publisher", default="http://127.0.0.1:5000")
     parser.add_argument("--subscriber", default="http://127.0.0.1:5001")
-    parser.add_argument("--queue", default="takeaway")
+    parser.add_argument("--queue", default="takeaway", help="the default queue")
+    parser.add_argument(
+        "--to",
+        type=Way.parse,
+        action="append",
+        metavar="PATH=QUEUE[,QUEUE]",
+        help="where clients send in turn, and where that must arrive; by default to --queue",
+    )
     parser.add_argument("--messages", type=int, default=100_000)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)

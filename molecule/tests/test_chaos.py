@@ -83,8 +83,19 @@ def chaos(stack: Stack, *options: str) -> Any:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+# Where the clients send, and the queues in which each of their messages must arrive.
+WAYS = (
+    "/data={default}",
+    "/messages={default}",
+    "/queues/orders/messages=orders",
+    "/topics/events/messages?key=order.created=orders,audit",
+)
+
+
 def test_no_message_is_lost_or_out_of_order_whatever_is_killed(stack: Stack) -> None:
-    told = chaos(stack, "--messages", "4000", "--clients", "8", "--rounds", "2")
+    ways = [way.format(default=stack.vars["stack_queue"]) for way in WAYS]
+    to = [arg for way in ways for arg in ("--to", way)]
+    told = chaos(stack, "--messages", "4000", "--clients", "8", "--rounds", "2", *to)
     assert told["problems"] == []
     assert len(told["recoveries"]) == 10
     assert max(blow["seconds"] for blow in told["recoveries"]) < 60
