@@ -12,7 +12,8 @@ from common.events import Event
 from gevent import Timeout, sleep
 from werkzeug.exceptions import HTTPException, RequestTimeout, abort
 
-from door import BrokerUnavailable
+from door import BrokerUnavailable, access
+from door.access import ANYBODY
 from door.memory import RETRY_AFTER, Grant, Memory, OutOfMemory
 from door.server import CLIENT, CLIENT_TIMEOUT, Body
 
@@ -75,10 +76,16 @@ class Answer:
 class Call:
     """One request, and the event that tells of it."""
 
-    __slots__ = ("client", "environ", "event", "name")
+    __slots__ = ("by", "client", "environ", "event", "name")
 
-    def __init__(self, environ: dict[str, Any], event: Event, name: str = "") -> None:
-        """Wrap the request of a WSGI environment; name is what its path has for a {name}."""
+    def __init__(
+        self, environ: dict[str, Any], event: Event, name: str = "", by: access.Client = ANYBODY
+    ) -> None:
+        """Wrap the request of a WSGI environment, which comes by a client of the list.
+
+        name is what its path has for a {name}.
+        """
+        self.by = by
         self.environ = environ
         self.event = event
         self.name = name

@@ -12,7 +12,7 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 from door import BrokerUnavailable, metrics
 from door.call import Call, Route, Routes, failed
 from door.server import Application
-from door.settings import Access
+from door.topology import Topology
 
 log = logging.getLogger(__name__)
 
@@ -52,29 +52,32 @@ class Direct:
     """
 
     def __init__(
-        self, flask: Application, routes: Routes, sink: Sink | None, access: Access
+        self, flask: Application, routes: Routes, sink: Sink | None, topology: Topology
     ) -> None:
         """Answer routes, and let flask answer the rest."""
         self._flask = flask
         self._table = Table(routes)
         self._sink = sink
-        self._access = access
+        self._topology = topology
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer one request."""
         found = self._table.find(environ["REQUEST_METHOD"], environ["PATH_INFO"])
-        if found is None or not self._access.allows(environ.get("HTTP_AUTHORIZATION")):
+        by = self._topology.access.client(environ.get("HTTP_AUTHORIZATION"))
+        if found is None or by is None:
             return self._flask(environ, start_response)  # type: ignore[no-any-return]
         route, path, name = found
         event = Event(self._sink, environ.get("HTTP_X_REQUEST_ID"))
+        if by.name:
+            event.fields["client"] = by.name
         try:
-            answer = route(Call(environ, event, name))
+            answer = route(Call(environ, event, name, by))
         except (BrokerUnavailable, HTTPException) as error:
             answer = failed(error, event)
         except Exception:
             log.exception("%s failed", path)
             answer = failed(InternalServerError(), event)
-        metrics.count(path, answer.status, event.busy)
+        metrics.count(path, answer.status, event.busy, by.name)
         if not event.deferred:
             event.tell(answer.status)
         start_response(STATUS[answer.status], [*answer.headers, (REQUEST_ID, event.request_id)])

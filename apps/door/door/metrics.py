@@ -23,6 +23,9 @@ DURATION = Histogram(
     ["route"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
+CLIENT_REQUESTS = Counter(
+    "client_requests", "HTTP requests of a client of the list", ["client", "status"]
+)
 BROKER_UP = Gauge(
     "broker_up",
     "1 while every worker of this door holds an open connection to the broker",
@@ -41,8 +44,10 @@ if DIRECTORY in os.environ:
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-def count(route: str, status: int, seconds: float) -> None:
-    """Count a request of route whose answer begins now, after seconds."""
+def count(route: str, status: int, seconds: float, client: str = "") -> None:
+    """Count a request of route, by client, whose answer begins now, after seconds."""
+    if client:
+        CLIENT_REQUESTS.labels(client, status).inc()
     REQUESTS.labels(route, status).inc()
     DURATION.labels(route).observe(seconds)
 

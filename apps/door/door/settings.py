@@ -1,7 +1,5 @@
-"""What every door is told by its environment: the broker, the collector and who may enter."""
+"""What every door is told by its environment: the broker, the collector and the lists."""
 
-import hmac
-from base64 import b64encode
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -64,35 +62,3 @@ def read_queues_file(env: Environment) -> Path | None:
         return None
     topology.read(Path(path))
     return Path(path)
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use a door: whoever sends one of these values of the header Authorization."""
-
-    # Empty: everybody.
-    accepted: tuple[str, ...] = field(default=(), repr=False)
-
-    @classmethod
-    def read(cls, env: Environment) -> Self:
-        """Read HTTP_USER with HTTP_PASSWORD or _PASSWORD_FILE, and HTTP_TOKEN or _TOKEN_FILE.
-
-        Either of them, both or none may be set; ConfigError by name.
-        """
-        accepted = []
-        if env.has_secret("HTTP_PASSWORD"):
-            env.text("HTTP_USER")
-        if user := env.optional("HTTP_USER"):
-            login = f"{user}:{env.secret('HTTP_PASSWORD')}"
-            accepted.append(f"Basic {b64encode(login.encode()).decode()}")
-        if env.has_secret("HTTP_TOKEN"):
-            accepted.append(f"Bearer {env.secret('HTTP_TOKEN')}")
-        return cls(tuple(accepted))
-
-    def allows(self, authorization: str | None) -> bool:
-        """Whether a request with this header may enter, in a time that tells nothing of why."""
-        if not self.accepted:
-            return True
-        scheme, _, rest = (authorization or "").partition(" ")
-        given = f"{scheme.capitalize()} {rest.strip()}".encode()
-        return sum(hmac.compare_digest(given, one.encode()) for one in self.accepted) > 0

@@ -1,17 +1,29 @@
-"""Which queues and topics there are, from a file that is read again when it changes."""
+"""Which queues, topics and clients there are, from a file that is read again when it changes."""
 
 import json
 import logging
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.environment import ConfigError
 from werkzeug.exceptions import abort
 
+from door.access import Access
+
 log = logging.getLogger(__name__)
 
 # Seconds between two looks whether the file was replaced.
 LOOK = 1.0
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What the file tells: names of queues and topics, and who may enter."""
+
+    queues: frozenset[str]
+    topics: frozenset[str] = frozenset()
+    access: Access = field(default_factory=Access)
 
 
 class Topology:
@@ -23,16 +35,22 @@ class Topology:
         self._path = path
         self._version: tuple[int, int] | None = None
         self._next = 0.0
-        self._queues, self._topics = frozenset([default]), frozenset[str]()
+        self._lists = Lists(frozenset([default]))
         if path:
             self._version = _version(path)
-            self._queues, self._topics = read(path)
+            self._lists = read(path)
 
     @property
     def queues(self) -> frozenset[str]:
         """The names of all queues."""
         self._refresh()
-        return self._queues
+        return self._lists.queues
+
+    @property
+    def access(self) -> Access:
+        """Who may enter."""
+        self._refresh()
+        return self._lists.access
 
     def queue(self, name: str) -> str:
         """Return name, or the default queue's where it is empty; aborts with 404 without one."""
@@ -45,7 +63,7 @@ class Topology:
     def topic(self, name: str) -> str:
         """Return name; aborts with 404 when there is no such topic."""
         self._refresh()
-        if name not in self._topics:
+        if name not in self._lists.topics:
             abort(404, f"There is no topic {name[:200]!r}.")
         return name
 
@@ -58,25 +76,26 @@ class Topology:
             version = _version(self._path)
             if version != self._version:
                 self._version = version
-                self._queues, self._topics = read(self._path)
-                log.info("Serving %d queues and %d topics", len(self._queues), len(self._topics))
+                self._lists = read(self._path)
+                log.info("The queues, topics and clients were read again")
         except ConfigError as error:
-            log.warning("The queues stay as they are: %s", error)
+            log.warning("Queues, topics and clients stay as they are: %s", error)
 
 
-def read(path: Path) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the names of the queues and of the topics in the file at path; ConfigError else.
+def read(path: Path) -> Lists:
+    """Return what the file at path tells; ConfigError where it cannot be read.
 
-    It is `{"queues": ["orders"], "topics": ["events"]}`.
+    It is `{"queues": ["orders"], "topics": ["events"], "clients": []}`. What a client is, Access
+    says.
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        queues, topics = told["queues"], told["topics"]
-        if not all(isinstance(name, str) for name in (*queues, *topics)):
+        if not all(isinstance(name, str) for name in (*told["queues"], *told["topics"])):
             raise TypeError("a name is no string")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        access = Access(told.get("clients", []))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"QUEUES_FILE={path} cannot be read: {error!r}") from None
-    return frozenset(queues), frozenset(topics)
+    return Lists(frozenset(told["queues"]), frozenset(told["topics"]), access)
 
 
 def _version(path: Path) -> tuple[int, int]:

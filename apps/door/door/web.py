@@ -13,7 +13,7 @@ from door import BrokerUnavailable, metrics
 from door.call import Answer, Routes, failed, json_answer
 from door.direct import Direct
 from door.memory import RETRY_AFTER
-from door.settings import Access
+from door.topology import Topology
 
 # Asked every few seconds, by who needs no credentials, and of no interest as an event.
 OPEN = ("/healthz", "/metrics")
@@ -31,7 +31,7 @@ def equip(
     app: Flask,
     broker: Broker,
     events: Sink | None,
-    access: Access,
+    topology: Topology,
     routes: Routes,
 ) -> None:
     """Give app its routes, `/healthz`, `/metrics` and `/openapi.json`.
@@ -47,7 +47,8 @@ def equip(
     @app.before_request
     def begin() -> None:
         g.event = Event(events, request.headers.get(REQUEST_ID))
-        if request.path not in OPEN and not access.allows(request.headers.get("Authorization")):
+        authorization = request.headers.get("Authorization")
+        if request.path not in OPEN and not topology.access.client(authorization):
             raise Unauthorized(
                 "Credentials are missing or wrong.",
                 www_authenticate=[
@@ -79,7 +80,7 @@ def equip(
     app.after_request(_end)
     app.register_error_handler(HTTPException, _failed)
     app.register_error_handler(BrokerUnavailable, _failed)
-    app.wsgi_app = Direct(app.wsgi_app, routes, events, access)  # type: ignore[method-assign]
+    app.wsgi_app = Direct(app.wsgi_app, routes, events, topology)  # type: ignore[method-assign]
 
 
 def _other_method(method: str) -> Callable[..., Response]:

@@ -1,13 +1,14 @@
 """A route is answered without Flask; test_web.py says how."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from door.access import Access
 from door.call import Answer, Call, json_answer
-from door.settings import Access
 from door.web import equip
 from flask import Flask
 from werkzeug.test import Client
@@ -33,7 +34,7 @@ class Door:
             ("GET", "/queues/{queue}/messages"): self._name,
         }
         app.before_request(self._count)
-        equip(app, SimpleNamespace(up=True), self.events, access, routes)
+        equip(app, SimpleNamespace(up=True), self.events, SimpleNamespace(access=access), routes)
         self.client = Client(app)
 
     def _count(self) -> None:
@@ -52,6 +53,8 @@ class Door:
 
 
 GOOD = "bearer t0ken"
+HASH = sha256(b"t0ken").hexdigest()
+CLIENT = {"name": "me", "tokens": [HASH], "send": [], "receive": [], "manage": []}
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,7 @@ GOOD = "bearer t0ken"
 def test_flask_has_what_is_no_route_and_who_has_no_access(
     tmp_path: Path, authorization: str, path: str, by_flask: int
 ) -> None:
-    door = Door(tmp_path, Access(("Bearer t0ken",)))
+    door = Door(tmp_path, Access([CLIENT]))
     door.client.post(path, headers={"Authorization": authorization})
     assert door.by_flask == by_flask
 
@@ -121,3 +124,11 @@ def test_the_metrics_have_the_path_without_its_name(tmp_path: Path) -> None:
         line = f'http_requests_total{{route="/queues/{{queue}}/messages",status="{status}"}} '
         assert line in told
     assert "secret" not in told
+
+
+def test_a_client_is_in_its_events_and_in_the_metrics(tmp_path: Path) -> None:
+    door = Door(tmp_path, Access([CLIENT]))
+    door.client.post("/data", headers={"Authorization": GOOD})
+    assert door.events[0]["client"] == "me"
+    told = door.client.get("/metrics", headers={"Authorization": GOOD}).text
+    assert 'client_requests_total{client="me",status="200"} ' in told

@@ -9,7 +9,7 @@ import pytest
 from common.events import good_id
 from door import BrokerUnavailable
 from door.call import Answer, Call, json_answer
-from door.settings import Access
+from door.topology import Topology
 from door.web import equip
 from flask import Flask
 from flask.testing import FlaskClient
@@ -43,7 +43,7 @@ def events() -> Events:
 def client(events: Events, tmp_path: Path) -> FlaskClient:
     (tmp_path / "openapi.json").write_text("{}")
     app = Flask("door", root_path=str(tmp_path))
-    equip(app, SimpleNamespace(up=True), events, Access(), {("POST", "/data"): data})
+    equip(app, SimpleNamespace(up=True), events, Topology("queue"), {("POST", "/data"): data})
     return app.test_client()
 
 

@@ -40,7 +40,7 @@ for name, value in (pair.split("=") for pair in sys.argv[5:]):
     setattr(server, name, float(value))
 import gevent
 from door.call import Answer, json_answer
-from door.settings import Access
+from door.topology import Topology
 from door.web import equip
 from flask import Flask
 
@@ -79,7 +79,7 @@ def make(memory):
 
     routes = {("GET", "/"): echo, ("POST", "/"): echo}
     routes |= {("POST", "/unread"): unread, ("GET", "/large"): large}
-    equip(app, Connection(), None, Access(), routes)
+    equip(app, Connection(), None, Topology("queue"), routes)
 
     def watched(environ, start_response):
         seen.append(Connection().up)

@@ -76,7 +76,7 @@ def test_a_bad_file_stops_the_start_and_later_changes_nothing(
     replace(path, text)
     with caplog.at_level(logging.WARNING):
         assert changing.queue("orders") == "orders"
-    assert "The queues stay as they are" in caplog.text
+    assert "stay as they are" in caplog.text
     with pytest.raises(ConfigError, match=r"QUEUES_FILE=.*queues\.json cannot be read"):
         Topology("takeaway", path)
 

@@ -57,7 +57,8 @@ def create_app(settings: Settings, broker: Broker, sink: events.Sink | None = No
     if sink is None:
         sink = events.start("publisher", settings.events.host, settings.events.port)
     app = Flask("publisher", static_folder=None)
-    door = Publisher(settings, broker)
+    topology = Topology(settings.queue, settings.queues_file)
+    door = Publisher(settings, broker, topology)
 
     @app.get("/")
     def welcome() -> Response:
@@ -72,18 +73,18 @@ def create_app(settings: Settings, broker: Broker, sink: events.Sink | None = No
         ("POST", "/topics/{topic}/messages"): door.topic_message,
         ("POST", "/topics/{topic}/batch"): door.topic_batch,
     }
-    equip(app, broker, sink, settings.access, routes)
+    equip(app, broker, sink, topology, routes)
     return app
 
 
 class Publisher:
     """What the door answers to each request."""
 
-    def __init__(self, settings: Settings, broker: Broker) -> None:
-        """Publish to broker; raises ConfigError when the file of the queues cannot be read."""
+    def __init__(self, settings: Settings, broker: Broker, topology: Topology) -> None:
+        """Publish to the queues and topics of topology, by broker."""
         self._settings = settings
         self._broker = broker
-        self._topology = Topology(settings.queue, settings.queues_file)
+        self._topology = topology
 
     def data(self, call: Call) -> Answer:
         """Send the text of a form or of JSON to the default queue.
@@ -127,6 +128,7 @@ class Publisher:
 
     def _target(self, call: Call) -> Target:
         queue = self._topology.queue(call.name)
+        call.by.check("send", queue)
         call.event.fields |= {"event": "publish", "queue": queue}
         return Target(self._settings.exchange, queue)
 
@@ -136,6 +138,7 @@ class Publisher:
         if not key or not key.isascii() or len(key) > MAX_SHORT:
             example = "?key=order.created"
             abort(400, f"Say the routing key, of 1 to {MAX_SHORT} ASCII characters: {example}")
+        call.by.check("send", topic)
         call.event.fields |= {"event": "publish", "topic": topic, "key": key}
         return Target(topic, key, topic=True)
 

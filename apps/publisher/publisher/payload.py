@@ -44,6 +44,8 @@ MESSAGE = 512
 # Bytes of lines, LINE for each of them besides, that are read in one turn (some milliseconds).
 TURN, LINE = 256 * 1024, 1024
 MISSING = object()
+# The header of a message that names its client.
+CLIENT = "X-Client"
 FORM = "application/x-www-form-urlencoded"
 # What JSON writes with one or two bytes.
 PLAIN = bytes([*range(0x20, 0x7F), *b"\b\f\n\r\t"])
@@ -84,7 +86,7 @@ def text_message(call: Call, limit: int) -> tuple[str, Message]:
     if len(body) > limit:
         abort(413, f"The message has {len(body)} bytes in UTF-8; at most {limit} are taken.")
     _hold_echo(call, body)
-    return text, Message(body, uuid7(), headers={REQUEST_ID: call.event.request_id})
+    return text, Message(body, uuid7(), headers=_origin(call))
 
 
 def raw_message(call: Call, limit: int) -> Message:
@@ -106,7 +108,8 @@ def raw_message(call: Call, limit: int) -> Message:
             abort(400, f"{name} must be ASCII, of {MAX_SHORT} characters at most.")
     if any(len(name) > MAX_SHORT for name in headers):
         abort(400, f"The name of a header must have {MAX_SHORT} characters at most.")
-    headers[REQUEST_ID] = call.event.request_id
+    headers.pop(CLIENT, None)
+    headers |= _origin(call)
     return Message(call.read(limit), message_id, content_type, headers, encoding)
 
 
@@ -124,7 +127,7 @@ def batch(call: Call, settings: Settings) -> list[Message]:
     if count > MAX_LINES:
         abort(413, f"The body has {count} lines; at most {MAX_LINES} are taken.")
     call.hold(len(body) + MESSAGE * count)
-    headers = {REQUEST_ID: call.event.request_id}
+    headers = _origin(call)
     limit = settings.max_message_bytes
     messages, held, done = [], 0, 0
     # BytesIO shares body, and a list of its lines would be another copy.
@@ -140,6 +143,14 @@ def batch(call: Call, settings: Settings) -> list[Message]:
                 held = room
         messages.append(_line(number, line.strip(), limit, headers))
     return messages
+
+
+def _origin(call: Call) -> dict[str, str]:
+    """Return the headers that tell where a message is from; no client can set them itself."""
+    headers = {REQUEST_ID: call.event.request_id}
+    if call.by.name:
+        headers[CLIENT] = call.by.name
+    return headers
 
 
 def _media_type(call: Call) -> tuple[str, dict[str, str]]:

@@ -6,7 +6,7 @@ from typing import Self
 
 from common.environment import Environment
 from door.memory import MIB
-from door.settings import Access, BrokerSettings, EventSettings, read_memory, read_queues_file
+from door.settings import BrokerSettings, EventSettings, read_memory, read_queues_file
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,10 @@ class Settings:
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
-    access: Access = field(default_factory=Access)
     exchange: str = "takeaway-in"
     # The default queue.
     queue: str = "takeaway"
-    # Names all queues and topics; None: there is the default queue alone.
+    # Names all queues, topics and clients; None: there is the default queue alone, for everybody.
     queues_file: Path | None = None
     port: int = 5000
     # Processes, each with a connection to the broker.
@@ -37,13 +36,12 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, QUEUES_FILE, PORT, WORKERS, MEMORY_LIMIT,
+        RABBITMQ_*, FLUENTD_*, QUEUES_FILE, PORT, WORKERS, MEMORY_LIMIT,
         MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
-            access=Access.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             queues_file=read_queues_file(env),

@@ -13,6 +13,7 @@ import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from hashlib import sha256
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ import pytest
 from common.environment import ConfigError, Environment
 from door.memory import Memory
 from door.server import Body
-from door.settings import Access
 from flask.testing import FlaskClient
 from prometheus_client import REGISTRY
 from publisher.app import create_app
@@ -87,6 +87,18 @@ def client(broker: FakeBroker, events: Events, tmp_path: Path) -> FlaskClient:
     queues.write_text('{"queues": ["takeaway", "orders"], "topics": ["events"]}')
     settings = Settings(queues_file=queues, max_message_bytes=LIMIT, max_batch_bytes=BATCH_LIMIT)
     return create_app(settings, broker, events).test_client()
+
+
+def lists(folder: Path, token: str | None = None, send: Sequence[str] = ("takeaway",)) -> Path:
+    """Write the file of queues and topics, and of a client with token if there is one."""
+    told: dict[str, Any] = {"queues": ["takeaway", "orders"], "topics": ["events"], "clients": []}
+    if token:
+        tokens = [sha256(token.encode()).hexdigest()]
+        client = {"name": "shop", "tokens": tokens, "send": send, "receive": [], "manage": []}
+        told["clients"].append(client)
+    file = folder / "queues.json"
+    file.write_text(json.dumps(told))
+    return file
 
 
 def arrived(body: bytes, waiting: bytes = b"") -> dict[str, Any]:
@@ -531,20 +543,21 @@ def test_every_route_refuses_a_body_that_is_too_large_unread(
         {"headers": {"X-Request-Id": "not one"}},
         {"query_string": "message=no"},
         {"broker": "down"},
-        {"headers": {"Authorization": "Bearer wrong"}, "access": "Bearer t0ken"},
-        {"headers": {"Authorization": "Bearer t0ken"}, "access": "Bearer t0ken"},
+        {"headers": {"Authorization": "Bearer wrong"}, "token": "t0ken"},
+        {"headers": {"Authorization": "Bearer t0ken"}, "token": "t0ken"},
     ],
     ids=str,
 )
 def test_a_form_that_has_arrived_is_answered_and_told_as_every_other(
-    body: bytes, options: dict[str, Any]
+    tmp_path: Path, body: bytes, options: dict[str, Any]
 ) -> None:
     seen = []
     for slow in False, True:
         broker, events, given = FakeBroker(), Events(), dict(options)
         broker.up = given.pop("broker", "up") == "up"
-        access = Access((given.pop("access"),) if "access" in given else ())
-        app = create_app(Settings(max_message_bytes=LIMIT, access=access), broker, events)
+        lists(tmp_path, given.pop("token", None))
+        settings = Settings(max_message_bytes=LIMIT, queues_file=tmp_path / "queues.json")
+        app = create_app(settings, broker, events)
         form = {"data": body, "content_type": FORM} if slow else arrived(body, b"GET / HTTP/1.1")
         answer = app.test_client().post("/data", **form, **given)
         for event in events:
@@ -848,16 +861,50 @@ def test_a_message_of_any_bytes_is_told_with_its_id(
     assert event["status"] == answer.status_code
 
 
-def test_only_who_has_access_publishes(broker: FakeBroker, events: Events) -> None:
-    settings = Settings(access=Access(("Bearer t0ken",)))
+ROUTES = {
+    "/data": "takeaway",
+    "/messages": "takeaway",
+    "/batch": "takeaway",
+    "/queues/orders/messages": "orders",
+    "/queues/orders/batch": "orders",
+    "/topics/events/messages?key=a": "events",
+    "/topics/events/batch?key=a": "events",
+}
+
+
+@pytest.mark.parametrize("send", [[], ["takeaway"], ["orders"], ["events"]])
+def test_a_client_sends_only_to_what_it_has_the_right_for(
+    broker: FakeBroker, events: Events, tmp_path: Path, send: list[str]
+) -> None:
+    settings = Settings(queues_file=lists(tmp_path, "t0ken", send))
     client = create_app(settings, broker, events).test_client()
-    for path in "/data", "/messages", "/batch":
+    login = {"Authorization": "Bearer t0ken"}
+    for path, name in ROUTES.items():
         assert client.post(path, json={"message": "pizza"}).status_code == 401
-    assert broker.messages == []
-    good = {"Authorization": "Bearer t0ken"}
-    for path in "/data", "/messages", "/batch":
-        assert client.post(path, json={"message": "pizza"}, headers=good).status_code == 201
-    assert len(broker.messages) == 3
+        broker.messages.clear()
+        answer = client.post(path, json={"message": "pizza"}, headers=login)
+        assert answer.status_code == (201 if name in send else 403), path
+        if answer.status_code == 403:
+            fault = f"The client 'shop' has no right to send: {name!r}."
+            assert answer.json == {"message": fault}
+        assert len(broker.messages) == (name in send)
+        assert events[-1]["client"] == "shop"
+
+
+def test_no_client_can_send_in_another_s_name(
+    broker: FakeBroker, events: Events, tmp_path: Path
+) -> None:
+    forged = {"X-Client": "another"}
+    for token, named in ("t0ken", {"X-Client": "shop"}), (None, {}):
+        client = create_app(
+            Settings(queues_file=lists(tmp_path, token)), broker, events
+        ).test_client()
+        headers = {"Authorization": f"Bearer {token}", **forged}
+        for path in "/data", "/messages", "/batch":
+            sent = client.post(path, json={"message": "pizza"}, headers=headers)
+            assert sent.status_code == 201
+            told = {key: value for key, value in broker.last.headers.items() if key == "X-Client"}
+            assert told == named
 
 
 def test_the_description_names_every_route(client: FlaskClient) -> None:
@@ -889,14 +936,13 @@ def test_settings_come_from_the_environment() -> None:
                 "MAX_BATCH_BYTES": "8",
                 "CONFIRM_TIMEOUT": "2",
                 "MEMORY_LIMIT": "268435456",
-                "HTTP_TOKEN": "t",
                 "FLUENTD_HOST": "f",
                 "FLUENTD_PORT": "3",
             }
         )
     )
     assert (read.broker.user, read.exchange, read.queue) == ("u", "e", "k")
-    assert (read.port, read.workers, read.access) == (4, 5, Access(("Bearer t",)))
+    assert (read.port, read.workers) == (4, 5)
     assert (read.max_message_bytes, read.max_batch_bytes, read.confirm_timeout) == (7, 8, 2)
     assert read.memory == 256 * 1024 * 1024
     assert (read.events.host, read.events.port) == ("f", 3)
@@ -1013,7 +1059,6 @@ def run(**variables: str) -> "subprocess.Popen[str]":
     [
         ({}, "RABBITMQ_USER must be set"),
         ({**LOGIN, "WORKERS": "many"}, "WORKERS must be a number, got 'many'"),
-        ({**LOGIN, "HTTP_USER": "waiter"}, "HTTP_PASSWORD must be set"),
     ],
 )
 def test_a_bad_setting_stops_the_start_with_one_line(variables: dict[str, str], words: str) -> None:

@@ -6,7 +6,7 @@ from typing import Self
 
 from common.environment import Environment
 from door.memory import MIB
-from door.settings import Access, BrokerSettings, EventSettings, read_memory, read_queues_file
+from door.settings import BrokerSettings, EventSettings, read_memory, read_queues_file
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,11 @@ class Settings:
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
-    access: Access = field(default_factory=Access)
     # Exchange for redriven messages; the routing key is the name of the queue.
     exchange: str = "takeaway-in"
     # The default queue.
     queue: str = "takeaway"
-    # Names all queues; None: there is the default queue alone.
+    # Names all queues and clients; None: there is the default queue alone, for everybody.
     queues_file: Path | None = None
     port: int = 5001
     # Seconds a request waits for the broker's answer.
@@ -36,13 +35,12 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, HTTP_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS,
+        RABBITMQ_*, FLUENTD_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS,
         MAX_BATCH_BYTES, MEMORY_LIMIT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
-            access=Access.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             queues_file=read_queues_file(env),
