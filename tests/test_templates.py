@@ -89,8 +89,8 @@ def test_nobody_else_has_permissions(definitions: Any) -> None:
 @pytest.mark.parametrize(
     ("queue", "other", "limit", "arguments"),
     [
-        pytest.param(QUEUE, DEAD, 20, {}, id="dead-letter"),
-        pytest.param(DEAD, QUEUE, -1, {"x-delivery-limit": -1}, id="redrive"),
+        pytest.param(QUEUE, DEAD, 20, {}, id="queue"),
+        pytest.param(DEAD, QUEUE, -1, {"x-delivery-limit": -1}, id="dead queue"),
     ],
 )
 def test_a_given_up_message_goes_to_the_other_queue_whatever_policies_people_add(
@@ -110,7 +110,7 @@ def test_a_given_up_message_goes_to_the_other_queue_whatever_policies_people_add
     assert own == {"x-queue-type": "quorum"} | kept_by_the_queue
     (policy,) = (one for one in definitions["policies"] if re.search(one["pattern"], queue))
     assert [name for name in NAMES if re.search(policy["pattern"], name)] == [queue]
-    assert policy["vhost"] == "/"
+    assert (policy["name"], policy["vhost"]) == (f"stack:{queue}", "/")
     assert policy["apply-to"] in {"queues", "quorum_queues"}
     assert policy["definition"] == kept | tuned
     # Of all that match, only the policy with the highest priority acts.

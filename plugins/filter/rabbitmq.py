@@ -386,11 +386,11 @@ def rabbitmq_surplus(wanted: Definitions, found: Definitions) -> dict[str, list[
     names = {kind: _names(wanted[kind]) for kind in ("exchanges", "queues", "policies")}
     policies = _names(here["policies"])
     queues = {name for name in _names(here["queues"]) if f"{PREFIX}{name}" in policies}
-    marked = {one["name"] for one in here["exchanges"] if MARK.items() <= one["arguments"].items()}
+    marked = {one["name"] for one in here["exchanges"] if _has(one["arguments"], MARK)}
     bindings = [
         binding
         for binding in here["bindings"]
-        if not any(one.items() <= binding.items() for one in wanted["bindings"])
+        if not any(_has(binding, one) for one in wanted["bindings"])
         and binding["source"] in names["exchanges"] | marked
         and binding["destination_type"] == "queue"
         and binding["destination"] in names["queues"] | queues
@@ -409,6 +409,10 @@ def rabbitmq_surplus(wanted: Definitions, found: Definitions) -> dict[str, list[
             and (policy["name"].startswith(PREFIX) or _is_old(policy))
         ),
     }
+
+
+def _has(item: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return all(item.get(key) == value for key, value in values.items())
 
 
 def _names(items: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -432,7 +436,8 @@ def rabbitmq_removals(
     """Return which queues and policies of surplus go, by "paths" of the API, and which are "kept".
 
     counts is as GET /api/queues answers. A queue stays, with its dead queue and their policies,
-    while one of the two may hold a message, unless remove names it. "kept" says how many they hold.
+    while one of the two may hold a message, unless remove names it. "kept" says how many they hold:
+    "old (3 messages)".
     """
     held = {one["name"]: one.get("messages", "unknown") for one in counts}
     given_up = {f"{name}{end}" for name in remove for end in ("", ".dead")}
@@ -448,7 +453,7 @@ def rabbitmq_removals(
             *(f"/queues/%2F/{quote(name, '')}" for name in surplus["queues"] if name not in stay),
             *(f"/policies/%2F/{quote(name, '')}" for name in policies),
         ],
-        "kept": [f"{name} ({held.get(name, 0)})" for name in stay],
+        "kept": [f"{name} ({held[name]} messages)" for name in stay if held.get(name, 0) != 0],
     }
 
 
