@@ -277,7 +277,7 @@ def faults(filters: Any, *queues: Any, **others: Any) -> list[str]:
     return told
 
 
-def topic(queue: str, pattern: str) -> dict[str, Any]:
+def topic(queue: str, pattern: str | None) -> dict[str, Any]:
     return {"name": "t", "subscriptions": [{"queue": queue, "pattern": pattern}]}
 
 
@@ -303,7 +303,9 @@ def test_lists_that_can_be_have_no_faults(filters: Any) -> None:
         ([], {"topics": [{"name": "in"}]}, ["stack_topics has in", "stack_exchange"]),
         ([], {"queue": "z"}, ["stack_queue is z", "{name: z}"]),
         ([], {"topics": [topic("z", "#")]}, ["stack_topics: t", "queue z", "{name: z}"]),
-        ([], {"topics": [topic("q", "")]}, ["pattern of q has 0 bytes", "1 to 255"]),
+        ([], {"topics": [topic("q", "")]}, ["pattern of q has 0 bytes", "1 to 255", '"order.#"']),
+        ([], {"topics": [topic("q", None)]}, ["pattern of q has 0 bytes"]),
+        ([{"name": None}], {}, ["the name ''"]),
         ([], {"topics": [topic("q", "ä" * 128)]}, ["pattern of q has 256 bytes"]),
         ([{"name": "a", "message_ttl": "7"}], {}, ["a: message_ttl is 7;", "30m"]),
         ([{"name": "a", "message_ttl": "0s"}], {}, ["a: message_ttl is 0s;"]),

@@ -82,7 +82,9 @@ def rabbitmq_definitions(
 def _sorted(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """Return entries by their names, which may be written as numbers, without what is not set."""
     given = ({key: value for key, value in one.items() if value is not None} for one in entries)
-    return sorted(({**one, "name": str(one["name"])} for one in given), key=lambda one: one["name"])
+    return sorted(
+        ({**one, "name": str(one.get("name", ""))} for one in given), key=lambda one: one["name"]
+    )
 
 
 def _lengths(queues: Collection[Entry], memory: int) -> dict[str, int]:
@@ -283,7 +285,8 @@ def _subscription_faults(topics: Iterable[Entry], queues: list[str]) -> list[str
     faults = []
     for topic in topics:
         for one in topic.get("subscriptions") or []:
-            queue, size = str(one["queue"]), len(str(one["pattern"]).encode())
+            # Without quotes, # begins a comment and leaves nothing.
+            queue, size = str(one["queue"]), len(str(one["pattern"] or "").encode())
             if queue not in queues:
                 faults.append(
                     f"stack_topics: {topic['name']}: the queue {queue} is not in stack_queues; add"
@@ -292,7 +295,7 @@ def _subscription_faults(topics: Iterable[Entry], queues: list[str]) -> list[str
             if not 1 <= size <= 255:
                 faults.append(
                     f"stack_topics: {topic['name']}: the pattern of {queue} has {size} bytes; write"
-                    " 1 to 255, such as order.# (# alone is everything)."
+                    ' 1 to 255 in quotes, such as "order.#" ("#" is everything).'
                 )
     return faults
 
