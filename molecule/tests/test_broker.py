@@ -171,7 +171,7 @@ def test_a_policy_for_all_queues_loses_nothing(stack: Stack) -> None:
 
 
 def listed(stack: Stack) -> dict[str, dict[str, Any]]:
-    """Return the entries of stack_queues by their names; in the defaults, the name is a template."""
+    """Return the entries of stack_queues by name; in the defaults the name is a template."""
     default = stack.vars["stack_queue"]
     entries = stack.vars["stack_queues"]
     return {entry["name"].replace("{{ stack_queue }}", default): entry for entry in entries}

@@ -14,13 +14,16 @@ Entry = Mapping[str, Any]
 TAGS = {"admin": ["administrator"], "monitor": ["monitoring"]}
 PRIORITY = 1000
 # What a policy of the stack's is called by: stack:takeaway. Older versions had the two others.
-PREFIX, OLD_POLICIES = "stack:", ("dead-letter", "redrive")
+PREFIX = "stack:"
+OLD_POLICIES = ("dead-letter", "redrive")
 # By this argument a topic is known as the stack's. The broker knows no meaning of it.
 MARK = {"message-broker-stack": "topic"}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-TIME, SECONDS = re.compile(r"[1-9][0-9]{0,9}[smhd]"), {"s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZE, BYTES = re.compile(r"[1-9][0-9]{0,9}[KMGT]"), {"K": 10, "M": 20, "G": 30, "T": 40}
+TIME = re.compile(r"[1-9][0-9]{0,9}[smhd]")
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+SIZE = re.compile(r"[1-9][0-9]{0,9}[KMGT]")
+BITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 # The broker's timers hold 32 bits of milliseconds.
 MOST_SECONDS = 49 * SECONDS["d"]
 LEAST_LENGTH = 1000
@@ -211,7 +214,7 @@ def _seconds(text: object) -> int:
 def _bytes(text: object) -> int:
     """Return the bytes of a size such as 500M; 0 where it is none."""
     size = str(text)
-    return int(size[:-1]) << BYTES[size[-1]] if SIZE.fullmatch(size) else 0
+    return int(size[:-1]) << BITS[size[-1]] if SIZE.fullmatch(size) else 0
 
 
 def rabbitmq_faults(
