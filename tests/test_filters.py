@@ -492,6 +492,13 @@ def test_a_policy_in_the_place_of_the_stack_s_is_told(
     assert filters["rabbitmq_overruled"](WANTED | {"policies": [OWN]}, {}) == []
 
 
+def test_every_queue_that_obeys_another_policy_is_told(filters: Any) -> None:
+    wanted = definitions(filters, "orders", "takeaway")
+    other = {**OWN, "name": "other", "pattern": "^(orders|takeaway\\.dead)"}
+    told = filters["rabbitmq_overruled"](wanted, {"policies": [*wanted["policies"], other]})
+    assert told == ["orders: other", "orders.dead: other", "takeaway.dead: other"]
+
+
 @pytest.fixture
 def plan(filters: Any, tmp_path: Path) -> Any:
     """Return a function that plans the images of a tree that a test may change."""

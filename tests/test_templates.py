@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT, TEMPLATES, Rendered
+from support import ROOT, TEMPLATES, Rendered, render
 
 EXCHANGE, QUEUE, DEAD = "takeaway-in", "takeaway", "takeaway.dead"
 
@@ -115,6 +115,20 @@ def test_a_given_up_message_goes_to_the_other_queue_whatever_policies_people_add
     assert policy["definition"] == kept | tuned
     # Of all that match, only the policy with the highest priority acts.
     assert policy["priority"] >= 1000
+
+
+def test_a_new_queue_changes_what_is_imported_and_what_prometheus_watches_and_nothing_else(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    queues = [{"name": "b.c"}, {"name": "takeaway"}]
+    texts = render(tmp_path, stack_queues=queues, stack_secrets_dir=str(rendered.secrets))
+    changed = {name for name, text in texts.items() if text != rendered.first[name]}
+    assert changed == {"rabbitmq/definitions.json", "prometheus/rules/queues.yml"}
+    rules = texts["prometheus/rules/queues.yml"]
+    assert 'queue=~"(b[.]c|takeaway)([.]dead)?", policy!~"stack:.*"' in rules
+    # The label by which the broker's container is made anew leaves the definitions out.
+    task = (ROOT / "roles/rabbitmq/tasks/rabbitmq.yml").read_text()
+    assert re.search(r"config-sha256: .*__rabbitmq_restarting \|", task)
 
 
 def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) -> None:
