@@ -315,7 +315,11 @@ def test_lists_that_can_be_have_no_faults(filters: Any) -> None:
         ([{"name": "a", "max_deliveries": 0}], {}, ["max_deliveries is 0; write 1 to 1000000."]),
         ([{"name": "a", "max_deliveries": 10**6 + 1}], {}, ["max_deliveries is 1000001;"]),
         ([{"name": "a", "max_length": 0}], {}, ["max_length is 0; write 1 to 2147483648."]),
-        ([{"name": "a", "max_length": 2**31 + 1}], {}, ["max_length is 2147483649;"]),
+        (
+            [{"name": "a", "max_length": 2**31 + 1}],
+            {"memory": 1 << 50},
+            ["max_length is 2147483649;"],
+        ),
         ([], {"remove": ["q"]}, ["stack_queues_remove has q", "one of them"]),
         (
             [{"name": "a", "max_length": 523289}],

@@ -103,7 +103,7 @@ CASES = [
     ),
     (
         {
-            "stack_queues": [{"name": "takeaway"}, {"name": "x", "max_length": 524000}],
+            "stack_queues": [{"name": "takeaway"}, {"name": "orders", "max_length": 524000}],
             "refused_by": ["rabbitmq"],
         },
         ["room for 525000 messages", "524288", "raise rabbitmq_memory"],

@@ -247,7 +247,7 @@ def rabbitmq_faults(
             f"stack_queue is {queue}, which is not in stack_queues; add {{name: {queue}}} there,"
             " or set stack_queue to one of its names."
         )
-    return faults or _length_faults(queues, memory)
+    return [*faults, *_length_faults(queues, memory)]
 
 
 def _name_faults(variable: str, names: list[str]) -> list[str]:
