@@ -110,10 +110,10 @@ def test_nothing_is_missing_where_all_is_there(filters: Any, found: Any) -> None
 def test_a_policy_of_an_older_version_is_missing_and_its_queue_without_arguments_is_not(
     filters: Any, found: Any
 ) -> None:
-    wanted = WANTED | {"policies": [{"name": "dead-letter", "vhost": "/", "priority": 1000}]}
-    found["policies"] = [{"name": "dead-letter", "vhost": "/", "priority": 0}]
+    wanted = WANTED | {"policies": [{"name": "stack:takeaway", "vhost": "/", "priority": 1000}]}
+    found["policies"] = [{"name": "stack:takeaway", "vhost": "/", "priority": 0}]
     found["queues"][1]["arguments"] = {}
-    assert filters["rabbitmq_missing"](wanted, found) == ["policies dead-letter"]
+    assert filters["rabbitmq_missing"](wanted, found) == ["policies stack:takeaway"]
 
 
 def test_a_broker_that_tells_nothing_lacks_all(filters: Any) -> None:
@@ -142,6 +142,332 @@ def test_what_was_changed_is_missing(
     assert filters["rabbitmq_missing"](WANTED, found) == [name]
 
 
+def definitions(filters: Any, *queues: Any, topics: Any = (), memory: int = 1 << 30) -> Any:
+    """Return the definitions of queues, each a name or an entry, and topics."""
+    entries = [{"name": queue} if isinstance(queue, str) else queue for queue in queues]
+    return filters["rabbitmq_definitions"](
+        {"publisher": "x", "subscriber": "y"},
+        exchange="in.to",
+        queues=entries,
+        topics=topics,
+        delivery_limit=20,
+        memory=memory,
+    )
+
+
+def tuned(definitions: Any) -> dict[str, dict[str, int]]:
+    """Return the numbers of each policy, by the policy's name."""
+    return {
+        policy["name"]: {
+            key: value for key, value in policy["definition"].items() if isinstance(value, int)
+        }
+        for policy in definitions["policies"]
+    }
+
+
+ORDERS = {
+    "name": "orders",
+    "max_deliveries": "2",
+    "message_ttl": "1h",
+    "max_length": 10000,
+    "max_bytes": "100M",
+    "description": None,
+}
+EVENTS = {
+    "name": "events",
+    "subscriptions": [
+        {"queue": "takeaway", "pattern": "#"},
+        {"queue": "orders", "pattern": "order.#"},
+    ],
+}
+
+
+def test_one_queue_has_all_the_room_and_so_has_its_dead_queue(filters: Any) -> None:
+    assert tuned(definitions(filters, "takeaway")) == {
+        "stack:takeaway": {"delivery-limit": 20, "max-length": 524288},
+        "stack:takeaway.dead": {"delivery-limit": -1, "max-length": 524288},
+    }
+
+
+def test_what_an_entry_says_is_in_its_policy_and_the_others_share_the_room(filters: Any) -> None:
+    assert tuned(definitions(filters, "takeaway", ORDERS, "audit")) == {
+        "stack:audit": {"delivery-limit": 20, "max-length": 257144},
+        "stack:audit.dead": {"delivery-limit": -1, "max-length": 257144},
+        "stack:orders": {
+            "delivery-limit": 2,
+            "max-length": 10000,
+            "message-ttl": 3_600_000,
+            "max-length-bytes": 100 << 20,
+        },
+        "stack:orders.dead": {"delivery-limit": -1, "max-length": 10000},
+        "stack:takeaway": {"delivery-limit": 20, "max-length": 257144},
+        "stack:takeaway.dead": {"delivery-limit": -1, "max-length": 257144},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45s", 45), ("30m", 1800), ("12h", 43200), ("49d", 49 * 86400)]
+)
+def test_a_time_is_told_in_milliseconds(filters: Any, text: str, seconds: int) -> None:
+    limits = tuned(definitions(filters, {"name": "x", "message_ttl": text}))
+    assert limits["stack:x"]["message-ttl"] == seconds * 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1K", 1 << 10), ("500M", 500 << 20), ("2G", 2 << 30), ("1T", 1 << 40)]
+)
+def test_a_size_is_told_in_bytes(filters: Any, text: str, size: int) -> None:
+    limits = tuned(definitions(filters, {"name": "x", "max_bytes": text}))
+    assert limits["stack:x"]["max-length-bytes"] == size
+
+
+def test_each_queue_has_its_dead_queue_and_is_bound_by_its_name(filters: Any) -> None:
+    made = definitions(filters, "b.c", "a", topics=[EVENTS])
+    assert [queue["name"] for queue in made["queues"]] == ["a", "a.dead", "b.c", "b.c.dead"]
+    assert {
+        queue["name"]: queue["arguments"]["x-dead-letter-routing-key"] for queue in made["queues"]
+    } == {"a": "a.dead", "a.dead": "a", "b.c": "b.c.dead", "b.c.dead": "b.c"}
+    assert [policy["pattern"] for policy in made["policies"]][2:] == ["^b\\.c$", "^b\\.c\\.dead$"]
+    assert [
+        (binding["source"], binding["destination"], binding["routing_key"])
+        for binding in made["bindings"]
+    ] == [
+        ("in.to", "a", "a"),
+        ("in.to", "b.c", "b.c"),
+        ("events", "orders", "order.#"),
+        ("events", "takeaway", "#"),
+    ]
+    assert [(one["name"], one["type"], one["arguments"]) for one in made["exchanges"]] == [
+        ("in.to", "direct", {}),
+        ("events", "topic", {"message-broker-stack": "topic"}),
+    ]
+
+
+def test_the_order_of_the_lists_changes_nothing(filters: Any) -> None:
+    other = {"name": "alone"}
+    turned = EVENTS | {"subscriptions": EVENTS["subscriptions"][::-1]}  # type: ignore[index]
+    one = definitions(filters, "takeaway", ORDERS, topics=[EVENTS, other])
+    assert one == definitions(filters, ORDERS, "takeaway", topics=[other, turned])
+
+
+def test_rights_reach_the_queues_and_topics_of_the_lists_alone(filters: Any) -> None:
+    names = ["a", "b.c", "a.dead", "b.c.dead", "in.to", "events", "bxc", "inxto", "ab", "xa", ""]
+    granted = {
+        right["user"]: {
+            kind: [name for name in names if re.search(right[kind], name)]
+            for kind in ("configure", "write", "read")
+        }
+        for right in definitions(filters, "a", "b.c", topics=[{"name": "events"}])["permissions"]
+    }
+    assert granted == {
+        "publisher": {"configure": [""], "write": ["in.to", "events"], "read": [""]},
+        "subscriber": {
+            "configure": [""],
+            "write": ["in.to"],
+            "read": ["a", "b.c", "a.dead", "b.c.dead"],
+        },
+    }
+
+
+def faults(filters: Any, *queues: Any, **others: Any) -> list[str]:
+    """Return what is wrong with queues, each a name or an entry, beside the default queue q."""
+    entries = [{"name": queue} if isinstance(queue, str) else queue for queue in queues]
+    settings = {"topics": [], "queue": "q", "exchange": "in", "remove": [], "memory": 1 << 30}
+    told: list[str] = filters["rabbitmq_faults"]([{"name": "q"}, *entries], **(settings | others))
+    return told
+
+
+def topic(queue: str, pattern: str | None) -> dict[str, Any]:
+    return {"name": "t", "subscriptions": [{"queue": queue, "pattern": pattern}]}
+
+
+def test_lists_that_can_be_have_no_faults(filters: Any) -> None:
+    edges = {"max_deliveries": 10**6, "max_length": 1, "message_ttl": "49d", "max_bytes": "1K"}
+    right = [topic("q", "x" * 255), {"name": "q", "subscriptions": None}]
+    assert faults(filters, ORDERS, {"name": "x" * 200} | edges, topics=right, remove=["old"]) == []
+    assert faults(filters, {"name": "x", "max_length": 523288}) == []
+    assert faults(filters, {"name": "x", "max_length": None}, memory=512 << 20) == []
+
+
+@pytest.mark.parametrize(
+    ("queues", "others", "words"),
+    [
+        (["q"], {}, ["stack_queues has q twice", "remove"]),
+        (["a b"], {}, ["the name 'a b'", "letters, digits"]),
+        (["-a"], {}, ["the name '-a'", "letter or digit first"]),
+        (["a\n"], {}, ["the name 'a\\n'"]),
+        (["x" * 201], {}, ["1 to 200"]),
+        (["a.dead"], {}, ["a.dead", "end in .dead", "another name"]),
+        (["amq.a"], {}, ["amq.a", "the broker's own", "another name"]),
+        ([], {"topics": [{"name": "t"}, {"name": "t"}]}, ["stack_topics has t twice"]),
+        ([], {"topics": [{"name": "in"}]}, ["stack_topics has in", "stack_exchange"]),
+        ([], {"queue": "z"}, ["stack_queue is z", "{name: z}"]),
+        ([], {"topics": [topic("z", "#")]}, ["stack_topics: t", "queue z", "{name: z}"]),
+        ([], {"topics": [topic("q", "")]}, ["pattern of q has 0 bytes", "1 to 255", '"order.#"']),
+        ([], {"topics": [topic("q", None)]}, ["pattern of q has 0 bytes"]),
+        ([{"name": None}], {}, ["the name ''"]),
+        ([], {"topics": [topic("q", "ä" * 128)]}, ["pattern of q has 256 bytes"]),
+        ([{"name": "a", "message_ttl": "7"}], {}, ["a: message_ttl is 7;", "30m"]),
+        ([{"name": "a", "message_ttl": "0s"}], {}, ["a: message_ttl is 0s;"]),
+        ([{"name": "a", "message_ttl": "50d"}], {}, ["a: message_ttl is 50d;", "up to 49d"]),
+        ([{"name": "a", "max_bytes": "-1G"}], {}, ["a: max_bytes is -1G;", "500M"]),
+        ([{"name": "a", "max_bytes": 500}], {}, ["a: max_bytes is 500;"]),
+        ([{"name": "a", "max_deliveries": 0}], {}, ["max_deliveries is 0; write 1 to 1000000."]),
+        ([{"name": "a", "max_deliveries": 10**6 + 1}], {}, ["max_deliveries is 1000001;"]),
+        ([{"name": "a", "max_length": 0}], {}, ["max_length is 0; write 1 to 2147483648."]),
+        (
+            [{"name": "a", "max_length": 2**31 + 1}],
+            {"memory": 1 << 50},
+            ["max_length is 2147483649;"],
+        ),
+        ([], {"remove": ["q"]}, ["stack_queues_remove has q", "one of them"]),
+        (
+            [{"name": "a", "max_length": 523289}],
+            {},
+            ["524289 messages", "room for 524288", "raise rabbitmq_memory", "lower max_length"],
+        ),
+        ([f"a{n}" for n in range(262)], {"memory": 512 << 20}, ["263000 for", "room for 262144"]),
+    ],
+)
+def test_what_cannot_be_is_told_with_its_way_out(
+    filters: Any, queues: list[Any], others: dict[str, Any], words: list[str]
+) -> None:
+    (said,) = faults(filters, *queues, **others)
+    assert [word for word in words if word not in said] == [], said
+
+
+def test_all_that_is_wrong_is_told_at_once(filters: Any) -> None:
+    bad = {"name": "a.dead", "max_length": 0, "max_bytes": "1"}
+    assert len(faults(filters, "q", bad, queue="z", topics=[{"name": "in"}])) == 6
+
+
+def surplus(filters: Any, *queues: str, topics: Any = (), change: Any = None) -> Any:
+    """Return what is no longer wanted where queues and topics are, of a broker that had more.
+
+    change may change what the broker has.
+    """
+    had = definitions(filters, "takeaway", "orders", "old", topics=[EVENTS, {"name": "past"}])
+    # Somebody else's.
+    had["queues"].append({"name": "mine", "vhost": "/"})
+    had["queues"].append({"name": "old", "vhost": "other"})
+    had["exchanges"].append({"name": "mine", "vhost": "/", "arguments": {}})
+    foreign = {"vhost": "/", "priority": 1000, "apply-to": "classic_queues", "pattern": ".*"}
+    had["policies"].append({"name": "mine", **foreign})
+    had["policies"].append({"name": "redrive", "vhost": "/", "priority": 1})
+    mine = had["bindings"][0]
+    had["bindings"].append({**mine, "destination": "mine"})
+    had["bindings"].append({**mine, "source": "mine"})
+    had["bindings"].append({**mine, "arguments": {"x": 1}})
+    had["bindings"].append({**mine, "destination_type": "exchange", "destination": "old"})
+    if change:
+        change(had)
+    return filters["rabbitmq_surplus"](definitions(filters, *queues, topics=topics), had)
+
+
+def test_what_is_wanted_and_what_is_somebody_else_s_stays(filters: Any) -> None:
+    left = surplus(filters, "takeaway", "orders", "old", topics=[EVENTS, {"name": "past"}])
+    assert left == {"paths": [], "queues": [], "policies": []}
+    nothing = filters["rabbitmq_surplus"](definitions(filters, "takeaway"), {})
+    assert nothing == {"paths": [], "queues": [], "policies": []}
+
+
+def test_what_the_lists_no_longer_have_is_surplus(filters: Any) -> None:
+    assert surplus(filters, "takeaway", "orders") == {
+        "paths": [
+            "/bindings/%2F/e/events/q/orders/order.%2523",
+            "/bindings/%2F/e/events/q/takeaway/%2523",
+            "/bindings/%2F/e/in.to/q/old/old",
+            "/exchanges/%2F/events",
+            "/exchanges/%2F/past",
+        ],
+        "queues": ["old", "old.dead"],
+        "policies": ["stack:old", "stack:old.dead"],
+    }
+
+
+def test_a_subscription_that_is_no_longer_wanted_is_surplus(filters: Any) -> None:
+    topics = [topic("takeaway", "#") | {"name": "events"}, {"name": "past"}]
+    left = surplus(filters, "takeaway", "orders", "old", topics=topics)
+    assert left["paths"] == ["/bindings/%2F/e/events/q/orders/order.%2523"]
+
+
+@pytest.mark.parametrize(
+    ("key", "part"), [("", "~"), ("a~*", "a%257E%252A"), ("a+ b/ä", "a%252B%2520b%252F%25C3%25A4")]
+)
+def test_a_binding_is_named_as_the_broker_decodes_it(filters: Any, key: str, part: str) -> None:
+    def change(had: Any) -> None:
+        had["bindings"].append({**had["bindings"][0], "routing_key": key})
+
+    every = ("takeaway", "orders", "old")
+    left = surplus(filters, *every, topics=[EVENTS, {"name": "past"}], change=change)
+    assert left["paths"] == [f"/bindings/%2F/e/in.to/q/old/{part}"]
+
+
+def test_the_policies_of_an_older_version_go_and_are_nobody_else_s(filters: Any) -> None:
+    def change(had: Any) -> None:
+        for name in ("dead-letter", "redrive"):
+            old = {**had["policies"][0], "name": name, "pattern": ".*"}
+            had["policies"] = [one for one in had["policies"] if one["name"] != name] + [old]
+        told.extend(filters["rabbitmq_overruled"](definitions(filters, "takeaway"), had))
+
+    told: list[str] = []
+    every = ("takeaway", "orders", "old")
+    left = surplus(filters, *every, topics=[EVENTS, {"name": "past"}], change=change)
+    assert left == {"paths": [], "queues": [], "policies": ["dead-letter", "redrive"]}
+    assert told == []
+
+
+def test_a_queue_without_the_stack_s_policy_is_not_the_stack_s(filters: Any) -> None:
+    def change(had: Any) -> None:
+        had["policies"] = [one for one in had["policies"] if one["name"] != "stack:old"]
+
+    left = surplus(filters, "takeaway", "orders", change=change)
+    assert (left["queues"], left["policies"]) == (["old.dead"], ["stack:old.dead"])
+    assert "/bindings/%2F/e/in.to/q/old/old" not in left["paths"]
+
+
+GONE = ["/queues/%2F/old", "/queues/%2F/old.dead"]
+GONE_POLICIES = ["/policies/%2F/stack%3Aold", "/policies/%2F/stack%3Aold.dead"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "remove", "paths", "kept"),
+    [
+        ({"old": 0, "old.dead": 0}, [], GONE + GONE_POLICIES, []),
+        ({}, [], GONE + GONE_POLICIES, []),
+        ({"old": 3, "old.dead": 0}, [], [], ["old (3 messages)"]),
+        # The dead queue's messages can only be sent back to a queue that is there.
+        ({"old": 0, "old.dead": 1}, ["other"], [], ["old.dead (1 messages)"]),
+        ({"old": None, "old.dead": 0}, [], [], ["old (unknown messages)"]),
+        ({"old": 3, "old.dead": 1}, ["old"], GONE + GONE_POLICIES, []),
+    ],
+)
+def test_a_queue_goes_with_its_policies_once_it_and_its_dead_queue_are_empty(
+    filters: Any, counts: dict[str, int | None], remove: list[str], paths: Any, kept: Any
+) -> None:
+    told = [
+        {"name": name} | ({} if count is None else {"messages": count})
+        for name, count in counts.items()
+    ]
+    left = {
+        "paths": [],
+        "queues": ["old", "old.dead"],
+        "policies": ["redrive", "stack:old", "stack:old.dead"],
+    }
+    removals = filters["rabbitmq_removals"](left, told, remove)
+    expected = [path for path in paths if path in GONE]
+    expected += ["/policies/%2F/redrive", *(path for path in paths if path not in GONE)]
+    assert removals == {"paths": expected, "kept": kept}
+
+
+def test_the_doors_are_told_the_names_in_their_order(filters: Any) -> None:
+    queues, topics = [{"name": "takeaway"}, {"name": "orders"}], [{"name": "events"}]
+    assert filters["apps_queues"](queues, topics) == (
+        '{"queues": ["orders", "takeaway"], "topics": ["events"]}'
+    )
+    assert filters["apps_queues"](queues[:1], []) == '{"queues": ["takeaway"], "topics": []}'
+
+
 OWN = {"name": "own", "vhost": "/", "priority": 1000, "apply-to": "quorum_queues", "pattern": ".*"}
 
 
@@ -168,6 +494,13 @@ def test_a_policy_in_the_place_of_the_stack_s_is_told(
     found["policies"] = [OWN, other]
     assert filters["rabbitmq_overruled"](WANTED | {"policies": [OWN]}, found) == overruled
     assert filters["rabbitmq_overruled"](WANTED | {"policies": [OWN]}, {}) == []
+
+
+def test_every_queue_that_obeys_another_policy_is_told(filters: Any) -> None:
+    wanted = definitions(filters, "orders", "takeaway")
+    other = {**OWN, "name": "other", "pattern": "^(orders|takeaway\\.dead)"}
+    told = filters["rabbitmq_overruled"](wanted, {"policies": [*wanted["policies"], other]})
+    assert told == ["orders: other", "orders.dead: other", "takeaway.dead: other"]
 
 
 @pytest.fixture

@@ -60,6 +60,15 @@ def test_the_specs_show_the_defaults_as_they_are(role: Path) -> None:
     }
 
 
+def test_what_several_roles_are_given_has_one_type_and_the_same_parts() -> None:
+    shapes: dict[str, list[Any]] = {}
+    for path in ROLES:
+        for name, option in entries(path)["main"].items():
+            parts = {key: option.get(key) for key in ("type", "elements", "options")}
+            shapes.setdefault(name, []).append(parts)
+    assert {name for name, found in shapes.items() if found[1:] != found[:-1]} == set()
+
+
 @role
 def test_every_option_is_described(role: Path) -> None:
     bare = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import ROOT, TEMPLATES, Rendered
+from support import ROOT, TEMPLATES, Rendered, render
 
 EXCHANGE, QUEUE, DEAD = "takeaway-in", "takeaway", "takeaway.dead"
 
@@ -89,8 +89,8 @@ def test_nobody_else_has_permissions(definitions: Any) -> None:
 @pytest.mark.parametrize(
     ("queue", "other", "limit", "arguments"),
     [
-        pytest.param(QUEUE, DEAD, 20, {}, id="dead-letter"),
-        pytest.param(DEAD, QUEUE, -1, {"x-delivery-limit": -1}, id="redrive"),
+        pytest.param(QUEUE, DEAD, 20, {}, id="queue"),
+        pytest.param(DEAD, QUEUE, -1, {"x-delivery-limit": -1}, id="dead queue"),
     ],
 )
 def test_a_given_up_message_goes_to_the_other_queue_whatever_policies_people_add(
@@ -110,11 +110,25 @@ def test_a_given_up_message_goes_to_the_other_queue_whatever_policies_people_add
     assert own == {"x-queue-type": "quorum"} | kept_by_the_queue
     (policy,) = (one for one in definitions["policies"] if re.search(one["pattern"], queue))
     assert [name for name in NAMES if re.search(policy["pattern"], name)] == [queue]
-    assert policy["vhost"] == "/"
+    assert (policy["name"], policy["vhost"]) == (f"stack:{queue}", "/")
     assert policy["apply-to"] in {"queues", "quorum_queues"}
     assert policy["definition"] == kept | tuned
     # Of all that match, only the policy with the highest priority acts.
     assert policy["priority"] >= 1000
+
+
+def test_a_new_queue_changes_what_is_imported_and_what_prometheus_watches_and_nothing_else(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    queues = [{"name": "b.c"}, {"name": "takeaway"}]
+    texts = render(tmp_path, stack_queues=queues, stack_secrets_dir=str(rendered.secrets))
+    changed = {name for name, text in texts.items() if text != rendered.first[name]}
+    assert changed == {"rabbitmq/definitions.json", "prometheus/rules/queues.yml"}
+    rules = texts["prometheus/rules/queues.yml"]
+    assert 'queue=~"(b[.]c|takeaway)([.]dead)?", policy!~"stack:.*"' in rules
+    # The label by which the broker's container is made anew leaves the definitions out.
+    task = (ROOT / "roles/rabbitmq/tasks/rabbitmq.yml").read_text()
+    assert re.search(r"config-sha256: .*__rabbitmq_restarting \|", task)
 
 
 def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) -> None:

@@ -58,6 +58,68 @@ CASES = [
         ],
     ),
     (
+        {
+            "stack_queues": [
+                {"name": "takeaway", "message_ttl": "7", "max_bytes": "0M"},
+                {"name": "a.dead", "max_deliveries": 0},
+                {"name": "amq.a", "max_length": 0},
+                {"name": "a b"},
+                {"name": "takeaway"},
+            ],
+            "stack_queues_remove": ["a b"],
+            "refused_by": ["rabbitmq"],
+        },
+        [
+            "takeaway: message_ttl is 7;",
+            "such as 45s",
+            "takeaway: max_bytes is 0M;",
+            "a.dead: max_deliveries is 0;",
+            "amq.a: max_length is 0;",
+            "only dead queues end in .dead",
+            "amq. is for the broker's own",
+            "the name 'a b'",
+            "stack_queues has takeaway twice",
+            "stack_queues_remove has a b",
+        ],
+    ),
+    (
+        {
+            "stack_queue": "lunch",
+            "stack_queues": [{"name": "takeaway"}],
+            "stack_topics": [
+                {"name": "takeaway-in"},
+                {"name": "t", "subscriptions": [{"queue": "lunch", "pattern": ""}]},
+                {"name": "t"},
+            ],
+            "refused_by": ["rabbitmq"],
+        },
+        [
+            "stack_queue is lunch, which is not in stack_queues;",
+            "stack_topics has takeaway-in, which is stack_exchange;",
+            "t: the queue lunch is not in stack_queues;",
+            "t: the pattern of lunch has 0 bytes;",
+            "stack_topics has t twice",
+        ],
+    ),
+    (
+        {
+            "stack_queues": [{"name": "takeaway"}, {"name": "orders", "max_length": 524000}],
+            "refused_by": ["rabbitmq"],
+        },
+        ["room for 525000 messages", "524288", "raise rabbitmq_memory"],
+    ),
+    (
+        {"stack_queues": [{"name": "takeaway", "max_lenght": 9}], "refused_by": ["rabbitmq"]},
+        ["stack_queues.max_lenght", "max_length"],
+    ),
+    (
+        {
+            "stack_topics": [{"name": "t", "subscriptions": [{"queue": "takeaway"}]}],
+            "refused_by": ["rabbitmq"],
+        },
+        ["stack_topics -> subscriptions", "pattern"],
+    ),
+    (
         {"rabbitmq_memory": "9999G", "rabbitmq_memory_watermark": 0.10},
         ["rabbitmq_memory is 9999G, but", "GB; set rabbitmq_memory to less"],
     ),

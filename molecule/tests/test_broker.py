@@ -84,6 +84,7 @@ def test_the_management_api_is_for_admin_and_monitor(stack: Stack, user: str, st
         ("subscriber", "get", ("takeaway",), "ok"),
         ("subscriber", "get", ("takeaway.dead",), "ok"),
         ("subscriber", "publish", ("takeaway-in", "takeaway"), "ok"),
+        ("subscriber", "publish", ("events", "order.new"), 403),
         ("subscriber", "publish", ("", "takeaway"), 403),
         ("subscriber", "publish", ("", "takeaway.dead"), 403),
         ("subscriber", "declare", ("mine",), 403),
@@ -98,6 +99,40 @@ def test_a_user_may_do_what_it_is_for(
     stack: Stack, user: str, action: str, names: tuple[str, ...], outcome: object
 ) -> None:
     assert stack.amqp(user, action, *names) == outcome
+
+
+def test_a_queue_of_the_list_has_its_dead_queue_and_their_policies(stack: Stack) -> None:
+    for name, entry in listed(stack).items():
+        limit = entry.get("max_deliveries", stack.vars["rabbitmq_delivery_limit"])
+        for queue, other, deliveries in (name, f"{name}.dead", limit), (f"{name}.dead", name, -1):
+            told = stack.api(f"/queues/%2F/{queue}").json
+            assert (told["type"], told["policy"]) == ("quorum", f"stack:{queue}")
+            assert told["arguments"]["x-dead-letter-routing-key"] == other
+            acts = told["effective_policy_definition"]
+            assert acts["delivery-limit"] == deliveries
+            if "max_length" in entry:
+                assert acts["max-length"] == entry["max_length"]
+            has = acts.keys() & {"message-ttl", "max-length-bytes"}
+            wants = {"message_ttl": "message-ttl", "max_bytes": "max-length-bytes"}
+            assert has == (
+                {wants[key] for key in wants if key in entry} if queue == name else set()
+            )
+
+
+def test_a_queue_is_bound_by_its_name_and_to_the_topics_that_it_subscribes_to(stack: Stack) -> None:
+    told = stack.api("/bindings/%2F").json
+    bound = {(one["source"], one["destination"], one["routing_key"]) for one in told}
+    exchange, topics = stack.vars["stack_exchange"], stack.vars["stack_topics"]
+    assert bound >= {
+        *((exchange, name, name) for name in listed(stack)),
+        *(
+            (topic["name"], one["queue"], one["pattern"])
+            for topic in topics
+            for one in topic["subscriptions"]
+        ),
+    }
+    kinds = {one["name"]: (one["type"], one["durable"]) for one in stack.api("/exchanges/%2F").json}
+    assert {kinds[topic["name"]] for topic in topics} <= {("topic", True)}
 
 
 @pytest.mark.usefixtures("empty_queue")
@@ -133,6 +168,13 @@ def test_a_policy_for_all_queues_loses_nothing(stack: Stack) -> None:
     eventually(lambda: depth(stack, "takeaway.dead") == 1, 20, "the message is dead")
     assert redrive(stack) == {"redriven": 1}
     eventually(lambda: stack.receive().text == "kept\n", 20, "the message is back")
+
+
+def listed(stack: Stack) -> dict[str, dict[str, Any]]:
+    """Return the entries of stack_queues by name; in the defaults the name is a template."""
+    default = stack.vars["stack_queue"]
+    entries = stack.vars["stack_queues"]
+    return {entry["name"].replace("{{ stack_queue }}", default): entry for entry in entries}
 
 
 def redrive(stack: Stack) -> Any:
