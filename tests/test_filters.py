@@ -142,14 +142,18 @@ def test_what_was_changed_is_missing(
     assert filters["rabbitmq_missing"](WANTED, found) == [name]
 
 
-def definitions(filters: Any, *queues: Any, topics: Any = (), memory: int = 1 << 30) -> Any:
-    """Return the definitions of queues, each a name or an entry, and topics."""
+def definitions(
+    filters: Any, *queues: Any, topics: Any = (), clients: Any = (), memory: int = 1 << 30
+) -> Any:
+    """Return the definitions of queues, each a name or an entry, topics and clients."""
     entries = [{"name": queue} if isinstance(queue, str) else queue for queue in queues]
     return filters["rabbitmq_definitions"](
         {"publisher": "x", "subscriber": "y"},
         exchange="in.to",
         queues=entries,
         topics=topics,
+        clients=clients,
+        tokens={client["name"]: f"new of {client['name']}\nold" for client in clients},
         delivery_limit=20,
         memory=memory,
     )
@@ -272,7 +276,8 @@ def test_rights_reach_the_queues_and_topics_of_the_lists_alone(filters: Any) -> 
 def faults(filters: Any, *queues: Any, **others: Any) -> list[str]:
     """Return what is wrong with queues, each a name or an entry, beside the default queue q."""
     entries = [{"name": queue} if isinstance(queue, str) else queue for queue in queues]
-    settings = {"topics": [], "queue": "q", "exchange": "in", "remove": [], "memory": 1 << 30}
+    settings = {"topics": [], "clients": [], "queue": "q", "exchange": "in", "remove": []}
+    settings["memory"] = 1 << 30  # type: ignore[assignment]
     told: list[str] = filters["rabbitmq_faults"]([{"name": "q"}, *entries], **(settings | others))
     return told
 
@@ -283,7 +288,7 @@ def topic(queue: str, pattern: str | None) -> dict[str, Any]:
 
 def test_lists_that_can_be_have_no_faults(filters: Any) -> None:
     edges = {"max_deliveries": 10**6, "max_length": 1, "message_ttl": "49d", "max_bytes": "1K"}
-    right = [topic("q", "x" * 255), {"name": "q", "subscriptions": None}]
+    right = [topic("q", "x" * 255), {"name": "u", "subscriptions": None}]
     assert faults(filters, ORDERS, {"name": "x" * 200} | edges, topics=right, remove=["old"]) == []
     assert faults(filters, {"name": "x", "max_length": 523288}) == []
     assert faults(filters, {"name": "x", "max_length": None}, memory=512 << 20) == []
@@ -460,12 +465,118 @@ def test_a_queue_goes_with_its_policies_once_it_and_its_dead_queue_are_empty(
     assert removals == {"paths": expected, "kept": kept}
 
 
-def test_the_doors_are_told_the_names_in_their_order(filters: Any) -> None:
-    queues, topics = [{"name": "takeaway"}, {"name": "orders"}], [{"name": "events"}]
-    assert filters["apps_queues"](queues, topics) == (
-        '{"queues": ["orders", "takeaway"], "topics": ["events"]}'
+SHOP = {
+    "name": "shop",
+    "send": ["orders", "events"],
+    "receive": ["takeaway"],
+    "manage": ["takeaway"],
+    "amqp": True,
+}
+
+
+def test_a_client_with_amqp_is_a_user_who_reaches_its_queues_and_topics_alone(filters: Any) -> None:
+    one, another = SHOP, {"name": "cook", "receive": ["orders"], "amqp": True}
+    made = definitions(
+        filters, "takeaway", "orders", topics=[EVENTS], clients=[one, another, {"name": "http"}]
     )
-    assert filters["apps_queues"](queues[:1], []) == '{"queues": ["takeaway"], "topics": []}'
+    users = {user["name"]: user for user in made["users"]}
+    assert [*users] == ["publisher", "subscriber", "cook", "shop"]
+    assert users["shop"]["password_hash"] == filters["rabbitmq_password_hash"]("new", "shop")
+    assert users["shop"]["tags"] == ["message-broker-stack"]
+    rights = {
+        right["user"]: {kind: right[kind] for kind in ("configure", "write", "read")}
+        for right in made["permissions"]
+    }
+    assert rights["shop"] == {
+        "configure": "^$",
+        "write": r"^(client\.shop|events)$",
+        "read": r"^(takeaway|takeaway\.dead)$",
+    }
+    assert rights["cook"] == {"configure": "^$", "write": r"^(client\.cook)$", "read": "^(orders)$"}
+    own = [one for one in made["bindings"] if one["source"].startswith("client.")]
+    assert [(one["source"], one["destination"], one["routing_key"]) for one in own] == [
+        ("client.shop", "orders", "orders")
+    ]
+
+
+def test_a_client_that_is_gone_is_surplus_and_no_other_user(filters: Any) -> None:
+    had = definitions(filters, "takeaway", "orders", topics=[EVENTS], clients=[SHOP])
+    had["users"].append({"name": "somebody", "tags": []})
+    wanted = definitions(filters, "takeaway", "orders", topics=[EVENTS])
+    assert filters["rabbitmq_surplus"](wanted, had)["paths"] == [
+        "/bindings/%2F/e/client.shop/q/orders/orders",
+        "/exchanges/%2F/client.shop",
+        "/users/shop",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("client", "words"),
+    [
+        ({"name": "a/b"}, ["the name 'a/b'", "letters, digits"]),
+        ({"name": "x" * 65}, ["1 to 64"]),
+        ({"name": "admin"}, ["the name 'admin'", "none of admin"]),
+        ({"name": "a", "send": ["nowhere"]}, ["a: send has nowhere", "stack_topics", "add it"]),
+        ({"name": "a", "receive": ["t"]}, ["a: receive has t, which is not in stack_queues;"]),
+        ({"name": "a", "manage": ["q.dead"]}, ["a: manage has q.dead"]),
+    ],
+)
+def test_a_client_that_cannot_be_is_told(filters: Any, client: Any, words: list[str]) -> None:
+    told = " ".join(faults(filters, topics=[topic("q", "#")], clients=[client]))
+    assert [word for word in words if word not in told] == []
+    assert faults(filters, topics=[topic("q", "#")], clients=[{"name": "a", "send": ["t"]}]) == []
+
+
+def test_two_clients_of_one_name_or_a_name_for_two_things_are_told(filters: Any) -> None:
+    assert "a twice" in " ".join(faults(filters, clients=[{"name": "a"}, {"name": "a"}]))
+    assert "in stack_queues and in" in " ".join(faults(filters, "t", topics=[topic("q", "#")]))
+    other = [topic("q", "#") | {"name": "client.a"}]
+    assert "client. is for clients" in " ".join(faults(filters, topics=other))
+
+
+def test_the_doors_are_told_names_in_order_and_hashes_of_tokens(filters: Any) -> None:
+    queues, topics = [{"name": "takeaway"}, {"name": "orders"}], [{"name": "events"}]
+    clients = [SHOP, {"name": "cook", "receive": None}]
+    told = filters["apps_lists"](queues, topics, clients, {"shop": "new\nold\n", "cook": "c"})
+    hashes = [hashlib.sha256(token.encode()).hexdigest() for token in ("c", "new", "old")]
+    assert json.loads(told) == {
+        "queues": ["orders", "takeaway"],
+        "topics": ["events"],
+        "clients": [
+            {"name": "cook", "tokens": hashes[:1], "send": [], "receive": [], "manage": []},
+            {
+                "name": "shop",
+                "tokens": hashes[1:],
+                "send": ["events", "orders"],
+                "receive": ["takeaway"],
+                "manage": ["takeaway"],
+            },
+        ],
+    }
+    alone = filters["apps_lists"](queues[:1], [], [], {})
+    assert alone == '{"queues": ["takeaway"], "topics": [], "clients": []}'
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, []),
+        ({"a": "x" * 20, "b": f"{'y' * 32}\n{'z' * 32}\n"}, []),
+        ({"a": "x" * 19}, ["client_a has a token", "20 ASCII"]),
+        ({"a": "x" * 20 + "\nshort"}, ["client_a has a token"]),
+        ({"a": "\u00e4" * 20}, ["client_a has a token"]),
+        ({"a": "x" * 20, "b": "x" * 20}, ["client_b has a token of a"]),
+        ({"other": "short"}, []),
+    ],
+)
+def test_tokens_that_could_be_guessed_are_told(
+    filters: Any, tmp_path: Path, files: dict[str, str], words: list[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / f"client_{name}").write_text(text)
+    told = filters["apps_token_faults"]([{"name": "a"}, {"name": "b"}], str(tmp_path))
+    assert len(told) == bool(words)
+    assert [word for word in words if word not in " ".join(told)] == []
 
 
 OWN = {"name": "own", "vhost": "/", "priority": 1000, "apply-to": "quorum_queues", "pattern": ".*"}

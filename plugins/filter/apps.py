@@ -1,14 +1,59 @@
 """Filters that the role apps computes with."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+Entry = Mapping[str, Any]
+RIGHTS = ("send", "receive", "manage")
+# Characters of the shortest token that nobody guesses; those that are made have 32.
+LEAST_TOKEN = 20
 
-def apps_queues(queues: Iterable[Mapping[str, Any]], topics: Iterable[Mapping[str, Any]]) -> str:
-    """Return the JSON by which the doors know the names of queues and topics."""
+
+def apps_lists(
+    queues: Iterable[Entry],
+    topics: Iterable[Entry],
+    clients: Iterable[Entry],
+    tokens: Mapping[str, str],
+) -> str:
+    """Return the JSON by which the doors know queues, topics and clients.
+
+    Of a token it has the SHA-256; tokens are the lines of a client's text in tokens.
+    """
     lists = {"queues": queues, "topics": topics}
-    return json.dumps({kind: sorted(str(one["name"]) for one in lists[kind]) for kind in lists})
+    told: dict[str, list[Any]] = {
+        kind: sorted(str(one["name"]) for one in lists[kind]) for kind in lists
+    }
+    told["clients"] = [
+        {
+            "name": str(client["name"]),
+            "tokens": [
+                hashlib.sha256(token.encode()).hexdigest()
+                for token in tokens[client["name"]].split()
+            ],
+            **{right: sorted(map(str, client.get(right) or [])) for right in RIGHTS},
+        }
+        for client in sorted(clients, key=lambda one: str(one["name"]))
+    ]
+    return json.dumps(told)
+
+
+def apps_token_faults(clients: Iterable[Entry], folder: str) -> list[str]:
+    """Return what is wrong with the files of tokens that clients have in folder by now."""
+    faults, owners = [], dict[str, str]()
+    for client in clients:
+        path = Path(folder, f"client_{client['name']}")
+        for token in path.read_text().split() if path.is_file() else []:
+            if len(token) < LEAST_TOKEN or not token.isascii():
+                faults.append(
+                    f"{path} has a token that is not of {LEAST_TOKEN} ASCII characters or more;"
+                    " write a longer one, or remove the file and one is made."
+                )
+            if owners.setdefault(token, client["name"]) != client["name"]:
+                faults.append(f"{path} has a token of {owners[token]}; write another one.")
+    return faults
 
 
 class FilterModule:
@@ -16,4 +61,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"apps_queues": apps_queues}
+        return {"apps_lists": apps_lists, "apps_token_faults": apps_token_faults}

@@ -16,10 +16,16 @@ PRIORITY = 1000
 # What a policy of the stack's is called by: stack:takeaway. Older versions had the two others.
 PREFIX = "stack:"
 OLD_POLICIES = ("dead-letter", "redrive")
-# By this argument a topic is known as the stack's. The broker knows no meaning of it.
+# By this argument a topic, or a client's exchange, is known as the stack's, and by this tag a user.
+# The broker knows no meaning of them.
 MARK = {"message-broker-stack": "topic"}
+USER_TAG = "message-broker-stack"
+# A client that sends by AMQP has an exchange of its own: by another it could reach every queue.
+CLIENT_EXCHANGE = "client."
+USERS = ("admin", "publisher", "subscriber", "monitor", "guest")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+CLIENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 TIME = re.compile(r"[1-9][0-9]{0,9}[smhd]")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZE = re.compile(r"[1-9][0-9]{0,9}[KMGT]")
@@ -35,10 +41,14 @@ def rabbitmq_definitions(
     exchange: str,
     queues: Iterable[Entry],
     topics: Iterable[Entry],
+    clients: Iterable[Entry],
+    tokens: Mapping[str, str],
     delivery_limit: int,
     memory: int,
 ) -> Definitions:
     """Return what the broker imports: users by passwords, exchanges, and queues with dead queues.
+
+    Clients with amqp are users, too; the first line of a client's text in tokens is the password.
 
     What must hold whatever policies people add is in the queues' arguments, and again in a policy:
     queues made by an older version have no arguments, which cannot be added later, and of overflow
@@ -47,6 +57,7 @@ def rabbitmq_definitions(
     """
     queues, topics = _sorted(queues), _sorted(topics)
     names, lengths = [entry["name"] for entry in queues], _lengths(queues, memory)
+    users = [client for client in _sorted(clients) if client.get("amqp")]
     subscriptions = sorted(
         {
             (topic["name"], str(one["queue"]), str(one["pattern"]))
@@ -55,12 +66,19 @@ def rabbitmq_definitions(
         }
     )
     return {
-        "users": [_user(name, password) for name, password in passwords.items()],
+        "users": [
+            *(_user(name, word, TAGS.get(name, [])) for name, word in passwords.items()),
+            *(_user(one["name"], tokens[one["name"]].split()[0], [USER_TAG]) for one in users),
+        ],
         "vhosts": [{"name": "/"}],
-        "permissions": _permissions(passwords, exchange, names, [one["name"] for one in topics]),
+        "permissions": [
+            *_permissions(passwords, exchange, names, [one["name"] for one in topics]),
+            *(_client_permission(client, names) for client in users),
+        ],
         "exchanges": [
             _exchange(exchange, "direct", {}),
             *(_exchange(topic["name"], "topic", MARK) for topic in topics),
+            *(_exchange(f"{CLIENT_EXCHANGE}{one['name']}", "direct", MARK) for one in users),
         ],
         "queues": [
             queue
@@ -73,6 +91,11 @@ def rabbitmq_definitions(
         "bindings": [
             *(_binding(exchange, name, name) for name in names),
             *(_binding(*subscription) for subscription in subscriptions),
+            *(
+                _binding(f"{CLIENT_EXCHANGE}{one['name']}", queue, queue)
+                for one in users
+                for queue in _named(one, "send", names)
+            ),
         ],
         "policies": [
             policy
@@ -102,13 +125,33 @@ def _lengths(queues: Collection[Entry], memory: int) -> dict[str, int]:
     return given | dict.fromkeys(others, left // max(len(others), 1))
 
 
-def _user(name: str, password: str) -> dict[str, Any]:
+def _user(name: str, password: str, tags: list[str]) -> dict[str, Any]:
     return {
         "name": name,
         "password_hash": rabbitmq_password_hash(password, name),
         "hashing_algorithm": "rabbit_password_hashing_sha256",
-        "tags": TAGS.get(name, []),
+        "tags": tags,
     }
+
+
+def _named(client: Entry, right: str, among: Collection[str]) -> list[str]:
+    """Return the names of among for which client has right, in their order."""
+    given = set(map(str, client.get(right) or []))
+    return sorted(given.intersection(among))
+
+
+def _client_permission(client: Entry, queues: Collection[str]) -> dict[str, Any]:
+    """Return what client may do by AMQP: write to its own exchange and to topics, read queues."""
+    topics = sorted(set(map(str, client.get("send") or [])).difference(queues))
+    into = [f"{CLIENT_EXCHANGE}{client['name']}", *topics]
+    dead = [f"{queue}.dead" for queue in _named(client, "manage", queues)]
+    out = [*_named(client, "receive", queues), *dead]
+    patterns = [
+        f"^({'|'.join(map(re.escape, names))})$" if names else "^$" for names in (into, out)
+    ]
+    kinds = ("configure", "write", "read")
+    rights = dict(zip(kinds, ("^$", *patterns), strict=True))
+    return {"user": client["name"], "vhost": "/", **rights}
 
 
 def _permissions(
@@ -221,17 +264,19 @@ def rabbitmq_faults(
     queues: Iterable[Entry],
     *,
     topics: Iterable[Entry],
+    clients: Iterable[Entry],
     queue: str,
     exchange: str,
     remove: Iterable[object],
     memory: int,
 ) -> list[str]:
-    """Return what is wrong with the lists of queues and topics, each a sentence with its fix."""
-    queues, topics = _sorted(queues), _sorted(topics)
-    names = [entry["name"] for entry in queues]
+    """Return what is wrong with the lists, each a sentence with its fix."""
+    queues, topics, clients = _sorted(queues), _sorted(topics), _sorted(clients)
+    names, topic_names = ([entry["name"] for entry in some] for some in (queues, topics))
     faults = [
         *_name_faults("stack_queues", names),
-        *_name_faults("stack_topics", [entry["name"] for entry in topics]),
+        *_name_faults("stack_topics", topic_names),
+        *_client_faults(clients, names, topic_names),
         *(fault for entry in queues for fault in _queue_faults(entry)),
         *_subscription_faults(topics, names),
         *(
@@ -240,7 +285,7 @@ def rabbitmq_faults(
             if name in names
         ),
     ]
-    if any(topic["name"] == exchange for topic in topics):
+    if exchange in topic_names:
         faults.append(f"stack_topics has {exchange}, which is stack_exchange; choose another name.")
     if str(queue) not in names:
         faults.append(
@@ -300,6 +345,36 @@ def _subscription_faults(topics: Iterable[Entry], queues: list[str]) -> list[str
                     f"stack_topics: {topic['name']}: the pattern of {queue} has {size} bytes; write"
                     ' 1 to 255 in quotes, such as "order.#" ("#" is everything).'
                 )
+    return faults
+
+
+def _client_faults(clients: Collection[Entry], queues: list[str], topics: list[str]) -> list[str]:
+    names = [client["name"] for client in clients]
+    faults = [
+        f"{name} is in stack_queues and in stack_topics: a right would be for both; rename one."
+        for name in sorted({*queues} & {*topics})
+    ]
+    for name in sorted(set(names)):
+        if names.count(name) > 1:
+            faults.append(f"stack_clients has {name} twice; remove one of them.")
+        if not CLIENT_NAME.fullmatch(name) or name in USERS:
+            faults.append(
+                f"stack_clients has the name {name!r}; write 1 to 64 letters, digits, dots, dashes"
+                f" and underscores, a letter or digit first, and none of {', '.join(USERS)}."
+            )
+    for client in clients:
+        for right, known in ("send", [*queues, *topics]), ("receive", queues), ("manage", queues):
+            faults += [
+                f"stack_clients: {client['name']}: {right} has {name}, which is not in stack_queues"
+                f"{' or stack_topics' if right == 'send' else ''}; add it there, or correct it."
+                for name in map(str, client.get(right) or [])
+                if name not in known
+            ]
+    faults += [
+        f"stack_topics has {name}, but {CLIENT_EXCHANGE} is for clients; choose another name."
+        for name in topics
+        if name.startswith(CLIENT_EXCHANGE)
+    ]
     return faults
 
 
@@ -382,9 +457,10 @@ def _may_match(pattern: str, name: str) -> bool:
 def rabbitmq_surplus(wanted: Definitions, found: Definitions) -> dict[str, list[str]]:
     """Return what of found is the stack's and not wanted.
 
-    found is as GET /api/definitions answers. "paths" has the API's paths of bindings and topics,
-    "queues" and "policies" have names. A queue is the stack's by its policy, a topic by MARK, and a
-    binding where it leads from an exchange to a queue that both are, and has no arguments.
+    found is as GET /api/definitions answers. "paths" has the API's paths of bindings, topics and
+    users; "queues" and "policies" have names. A queue is the stack's by its policy, a topic by
+    MARK, a user by USER_TAG, and a binding where it leads from an exchange to a queue that both
+    are, and has no arguments.
     """
     here = {
         kind: [item for item in found.get(kind, []) if item.get("vhost") == "/"] for kind in wanted
@@ -406,6 +482,11 @@ def rabbitmq_surplus(wanted: Definitions, found: Definitions) -> dict[str, list[
         "paths": [
             *sorted(map(_binding_path, bindings)),
             *(f"/exchanges/%2F/{quote(name, '')}" for name in sorted(marked - names["exchanges"])),
+            *(
+                f"/users/{quote(user['name'], '')}"
+                for user in found.get("users", [])
+                if USER_TAG in user["tags"] and user["name"] not in _names(wanted["users"])
+            ),
         ],
         "queues": sorted(queues - names["queues"]),
         "policies": sorted(
