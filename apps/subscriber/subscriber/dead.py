@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
-from door.amqp import PERSISTENT_DELIVERY_MODE, AMQPError, Basic, BasicProperties, Channel
+from door.amqp import (
+    PERSISTENT_DELIVERY_MODE,
+    AMQPError,
+    Basic,
+    BasicProperties,
+    Channel,
+    Link,
+)
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
 
-from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.settings import Settings
 
@@ -23,13 +29,13 @@ PAST |= {
 
 
 class Dead:
-    """Messages that were given up; one request at a time, so that looks keep their order."""
+    """The given-up messages of a queue; one request at a time, so that looks keep their order."""
 
-    def __init__(self, broker: Broker, settings: Settings) -> None:
-        """Reach the dead queue by broker's connection."""
+    def __init__(self, broker: Link, queue: str, settings: Settings) -> None:
+        """Reach the dead queue of queue by broker's connection."""
         self._broker = broker
-        self._settings = settings
-        self._queue = f"{settings.queue}.dead"
+        self._exchange = settings.exchange
+        self._origin, self._queue = queue, f"{queue}.dead"
         self._timeout = settings.receive_timeout
         self._turn = BoundedSemaphore()
 
@@ -63,8 +69,8 @@ class Dead:
             for delivery in self._deliveries(channel, most):
                 try:
                     channel.basic_publish(
-                        self._settings.exchange,
-                        self._settings.queue,
+                        self._exchange,
+                        self._origin,
                         delivery.body,
                         anew(delivery.properties),
                         mandatory=True,

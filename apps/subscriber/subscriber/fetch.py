@@ -6,21 +6,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import gevent
-from door.amqp import AMQPError, Basic, BasicProperties, Channel, Link
+from door.amqp import AMQPError, Basic, BasicProperties, Channel
 from door.memory import Grant, Memory
 from gevent.event import Event
 
 from subscriber.delivery import Delivery
 from subscriber.line import Line
 from subscriber.pace import Pace
-from subscriber.settings import Settings
-from subscriber.settle import Settler
+from subscriber.polls import Polls
+from subscriber.settle import Link, Settler
 
 # Seconds between two looks whether a burst goes on.
 BURST_TIMEOUT = 0.5
-# Seconds between two looks into an empty queue while requests wait for a message, and between
-# two attempts to hold memory for a message that came.
-POLL, HOLD = 0.05, 0.02
+# Seconds between two attempts to hold memory for a message that came.
+HOLD = 0.02
 
 
 @dataclass(eq=False)
@@ -56,14 +55,26 @@ class Fetch:
     """
 
     def __init__(
-        self, link: Link, settings: Settings, memory: Memory, line: Line, settler: Settler
+        self,
+        link: Link,
+        queue: str,
+        timeout: float,
+        memory: Memory,
+        line: Line,
+        settler: Settler,
+        polls: Polls,
     ) -> None:
-        """Fetch by link's channel, which is opened(), for line; hold messages in memory."""
+        """Fetch from queue by link's channel, which is opened(), for line.
+
+        Messages are held in memory; an answer is overdue after timeout seconds.
+        """
         self._link = link
-        self._settings = settings
+        self._queue = queue
+        self._timeout = timeout
         self._memory = memory
         self._line = line
         self._settler = settler
+        self._polls = polls
         self._pace = Pace()
         # How many gets were sent, and when the one on its way was.
         self.gets = 0
@@ -89,12 +100,14 @@ class Fetch:
     def silent(self) -> bool:
         """Whether an answer of the broker is overdue."""
         # A little less than the time-out, as the two clocks need not agree.
-        overdue = time.monotonic() - 0.9 * self._settings.receive_timeout
+        overdue = time.monotonic() - 0.9 * self._timeout
         return 0 < self._asked < overdue or bool(self._burst and self._burst.sign < overdue)
 
     def opened(self, channel: Channel) -> None:
         """Hear on channel, which was just opened, that the queue is empty."""
-        channel.add_callback(self._on_empty, [Basic.GetEmpty], one_shot=False)
+        channel.add_callback(
+            lambda _frame: self._on_empty(channel), [Basic.GetEmpty], one_shot=False
+        )
 
     def lost(self) -> None:
         """Wait for nothing more of a channel that is gone."""
@@ -127,7 +140,7 @@ class Fetch:
             else:
                 self._asked = time.monotonic()
                 self.gets += 1
-                channel.basic_get(self._settings.queue, self._on_message)
+                channel.basic_get(self._queue, self._on_message)
 
     def _arrive(self, delivery: Delivery) -> None:
         self._link.alive()
@@ -165,15 +178,15 @@ class Fetch:
         self._unheld = None
         self.soon()
 
-    def _on_empty(self, _frame: object) -> None:
-        if self._link.channel is None:
+    def _on_empty(self, channel: Channel) -> None:
+        if channel is not self._link.channel:
             return
         self._asked, self._ready = 0.0, 0
         self._link.alive()
         self._line.found_empty(self.gets)
         if self._line.patient and not self._poll_due:
             self._poll_due = True
-            gevent.spawn_later(POLL, self._poll)
+            gevent.spawn_later(self._polls.pause(), self._poll)
         self.soon()
 
     def _poll(self) -> None:
@@ -197,7 +210,7 @@ class Fetch:
                 self._on_burst(channel, burst, delivery)
 
         channel.basic_qos(prefetch_count=count)
-        burst.tag = channel.basic_consume(self._settings.queue, on_message)
+        burst.tag = channel.basic_consume(self._queue, on_message)
         gevent.spawn_later(BURST_TIMEOUT, self._watch_burst, channel, burst)
 
     def _on_burst(self, channel: Channel, burst: Burst, delivery: Delivery) -> None:
@@ -229,7 +242,7 @@ class Fetch:
         """
         while burst is self._burst and burst.missing:
             missing = burst.missing
-            answered = self._answer_to_a_question(channel).wait(self._settings.receive_timeout)
+            answered = self._answer_to_a_question(channel).wait(self._timeout)
             if answered and burst is self._burst and missing == burst.missing:
                 self._end_burst(channel, burst)
             gevent.sleep(BURST_TIMEOUT)

@@ -13,7 +13,7 @@ from pika.channel import Channel
 from subscriber.delivery import OVERHEAD
 from subscriber.fetch import Fetch
 from subscriber.line import Line, Waiter
-from subscriber.settings import Settings
+from subscriber.polls import Polls
 from subscriber.settle import Settler
 
 from .conftest import Rabbit, Wire, asked
@@ -28,7 +28,7 @@ class Fetcher(Link):
         self.memory = Memory(8 * MIB)
         self.line = Line()
         self.settler = Settler(self)
-        self.fetch = Fetch(self, Settings(receive_timeout=1), self.memory, self.line, self.settler)
+        self.fetch = Fetch(self, "takeaway", 1, self.memory, self.line, self.settler, Polls(1))
 
     def opened(self, channel: Channel) -> None:
         self.fetch.opened(channel)
