@@ -2,6 +2,7 @@
 """The dead queue: a look that uses nothing up, and the way back."""
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -102,9 +103,12 @@ class Dead:
                 channel.add_on_close_callback(lambda _channel, _reason: closed.set())
                 if not opened.wait(self._timeout):
                     late = BrokerUnavailable("the broker opened no channel in time")
+                    silent = self._broker.heard < time.monotonic() - self._timeout
                     # A newer connection is not to blame.
-                    if self._broker.channel is main:
+                    if silent and self._broker.channel is main:
                         self._broker.drop(late)
+                    elif not channel.is_closed:
+                        channel.close()
                     raise late
                 yield channel
             except AMQPError as error:
@@ -131,6 +135,7 @@ class Dead:
                 return
             if isinstance(answer, Exception):
                 raise BrokerUnavailable(f"the channel was closed: {answer!r}")
+            self._broker.alive()
             method, properties, body = answer
             if method.delivery_tag == 1:
                 left = min(most, method.message_count + 1)
