@@ -7,9 +7,9 @@ from door.amqp import Link
 from door.clients import CONNECTION, SHARE
 from door.memory import Memory
 
-from subscriber.polls import Polls
 from subscriber.queue import Queue
 from subscriber.settings import Settings
+from subscriber.shared import Polls, Shared
 
 # Bytes of the largest message that RabbitMQ takes by default. Room for one is no part of the
 # Memory: a single get must be possible while that is nearly full, as small messages are then.
@@ -32,8 +32,8 @@ class Broker(Link):
         """Prepare for settings, to hold messages in memory; nothing connects before start()."""
         super().__init__(settings.broker, "subscriber")
         self._settings = settings
-        self._memory = memory
-        self._polls = Polls(int(memory.size * SHARE * POLLS) // CONNECTION)
+        polls = Polls(int(memory.size * SHARE * POLLS) // CONNECTION)
+        self._shared = Shared(memory, polls)
         self._queues: dict[str, Queue] = {}
         self._finishing = False
 
@@ -41,7 +41,7 @@ class Broker(Link):
         """Return the queue of name, always the same; the broker need not know it."""
         queue = self._queues.get(name)
         if queue is None:
-            queue = Queue(name, self, self._settings, self._memory, self._polls)
+            queue = Queue(name, self, self._settings, self._shared)
             self._queues[name] = queue
             if self._finishing:
                 queue.finish()

@@ -13,13 +13,16 @@ from gevent.event import Event
 from subscriber.delivery import Delivery
 from subscriber.line import Line
 from subscriber.pace import Pace
-from subscriber.polls import Polls
 from subscriber.settle import Link, Settler
+from subscriber.shared import Shared
 
 # Seconds between two looks whether a burst goes on.
 BURST_TIMEOUT = 0.5
 # Seconds between two attempts to hold memory for a message that came.
 HOLD = 0.02
+# Share of the memory that is held when it is short: messages whose gets are on their way may take
+# more than there is, if each is as large as it can be.
+SHORT = 0.5
 
 
 @dataclass(eq=False)
@@ -51,30 +54,26 @@ class Fetch:
 
     A message holds memory from when it came until it was written. What a burst is expected to
     bring is held before; what comes beyond that goes back to the queue. Only a get may bring a
-    message before memory is held for it, and the next get waits until it is.
+    message before memory is held for it, and the next get waits until it is. While memory is short,
+    that holds for the gets of all queues together: one is on its way at a time, as there is room
+    for one such message.
     """
 
     def __init__(
-        self,
-        link: Link,
-        queue: str,
-        timeout: float,
-        memory: Memory,
-        line: Line,
-        settler: Settler,
-        polls: Polls,
+        self, link: Link, queue: str, timeout: float, shared: Shared, line: Line, settler: Settler
     ) -> None:
         """Fetch from queue by link's channel, which is opened(), for line.
 
-        Messages are held in memory; an answer is overdue after timeout seconds.
+        Messages are held in the shared memory; an answer is overdue after timeout seconds.
         """
         self._link = link
         self._queue = queue
         self._timeout = timeout
-        self._memory = memory
+        self._memory = shared.memory
+        self._spare = shared.spare
         self._line = line
         self._settler = settler
-        self._polls = polls
+        self._polls = shared.polls
         self._pace = Pace()
         # How many gets were sent, and when the one on its way was.
         self.gets = 0
@@ -94,7 +93,7 @@ class Fetch:
     @property
     def needs_memory(self) -> bool:
         """Whether no message is fetched until there is memory for the last one."""
-        return self._unheld is not None
+        return self._unheld is not None or self._spare.waits(self)
 
     @property
     def silent(self) -> bool:
@@ -113,7 +112,8 @@ class Fetch:
         """Wait for nothing more of a channel that is gone."""
         if self._burst:
             self._burst.grant.close()
-        self._burst, self._ready, self._asked = None, 0, 0.0
+        self._burst, self._ready = None, 0
+        self._answered()
 
     def soon(self) -> None:
         """Ask once for all that comes in this turn of the event loop."""
@@ -137,10 +137,20 @@ class Fetch:
         with self._link.giving_up():
             if count and self._memory.take_now(amount := count * self._pace.largest):
                 self._start_burst(channel, count, Grant(self._memory, amount))
-            else:
+            elif not self._short or self._spare.take(self, self.soon):
                 self._asked = time.monotonic()
                 self.gets += 1
                 channel.basic_get(self._queue, self._on_message)
+
+    @property
+    def _short(self) -> bool:
+        return self._memory.held > self._memory.size * SHORT
+
+    def _answered(self) -> None:
+        """Wait for no get any more; what it brought may still have to wait for memory."""
+        self._asked = 0.0
+        if self._unheld is None:
+            self._spare.give(self)
 
     def _arrive(self, delivery: Delivery) -> None:
         self._link.alive()
@@ -154,7 +164,7 @@ class Fetch:
     ) -> None:
         if channel is not self._link.channel:
             return
-        self._asked, self._ready = 0.0, method.message_count
+        self._ready = method.message_count
         delivery = Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
         weight = delivery.weight
         self._pace.note(weight)
@@ -164,6 +174,7 @@ class Fetch:
         else:
             self._unheld = delivery
             gevent.spawn(self._hold, delivery, weight)
+        self._answered()
         self._arrive(delivery)
         self.soon()
 
@@ -176,12 +187,14 @@ class Fetch:
             self._memory.shed()
             gevent.sleep(HOLD)
         self._unheld = None
+        self._spare.give(self)
         self.soon()
 
     def _on_empty(self, channel: Channel) -> None:
         if channel is not self._link.channel:
             return
-        self._asked, self._ready = 0.0, 0
+        self._ready = 0
+        self._answered()
         self._link.alive()
         self._line.found_empty(self.gets)
         if self._line.patient and not self._poll_due:

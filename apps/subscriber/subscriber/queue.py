@@ -32,14 +32,14 @@ from contextlib import contextmanager, suppress
 
 from door import BrokerUnavailable
 from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link
-from door.memory import Memory, OutOfMemory
+from door.memory import OutOfMemory
 
 from subscriber.delivery import Delivery, Handle
 from subscriber.fetch import Fetch
 from subscriber.line import Line, Waiter
-from subscriber.polls import Polls
 from subscriber.settings import Settings
 from subscriber.settle import Settler
+from subscriber.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +55,19 @@ class Queue:
     one. It is not requeued, as the broker counts that towards the delivery limit.
     """
 
-    def __init__(
-        self, name: str, link: Link, settings: Settings, memory: Memory, polls: Polls
-    ) -> None:
-        """Serve the queue of name by link's connection; hold messages in memory."""
+    def __init__(self, name: str, link: Link, settings: Settings, shared: Shared) -> None:
+        """Serve the queue of name by link's connection, within what the queues share."""
         self.channel: Channel | None = None
         self._name = name
         self._link = link
         self._timeout = settings.receive_timeout
-        self._polls = polls
+        self._polls = shared.polls
         # The channel that is being opened, and since when.
         self._opening: Channel | None = None
         self._since = 0.0
         self._line = Line()
         self._settler = Settler(self)
-        self._fetch = Fetch(self, name, self._timeout, memory, self._line, self._settler, polls)
+        self._fetch = Fetch(self, name, self._timeout, shared, self._line, self._settler)
         self._finishing = False
         self._logged = ""
 

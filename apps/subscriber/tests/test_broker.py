@@ -734,7 +734,7 @@ class Interleavings:
 
         self.handed = handed
         patch.setattr("subscriber.queue.Waiter", Spied)
-        for module in "broker", "fetch", "polls", "queue", "settle":
+        for module in "broker", "fetch", "queue", "settle", "shared":
             patch.setattr(f"subscriber.{module}.time", self.clock)
         patch.setattr("subscriber.pace.LARGEST_BURST", 6)
         patch.setattr("subscriber.fetch.BURST_TIMEOUT", 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import gevent
 import pytest
-from door.memory import Memory
+from door.memory import MIB, Memory
 from flask.testing import FlaskClient
 from pika.spec import Basic, Channel, Connection
 from subscriber.app import create_app
@@ -460,6 +460,28 @@ def test_long_polls_are_bounded_over_all_queues(
     gevent.sleep(0.1)
     broker.lost("the test is over")
     gevent.sleep(0.01)
+
+
+def test_while_memory_is_short_one_message_comes_from_all_queues_together(
+    rabbit: Rabbit, path: Path, receive_timeout: float
+) -> None:
+    memory = Memory(8 * MIB)
+    settings = Settings(queues_file=path, receive_timeout=receive_timeout)
+    broker = Broker(settings, memory)
+    rabbit.add(*NAMES[1:])
+    rabbit.connect(broker).prompt = True
+    for name in NAMES:
+        rabbit.publish(b"x" * MIB, queue=name)
+    memory.held = 7 * MIB
+    requests = [gevent.spawn(broker.queue(name).get) for name in NAMES]
+    gevent.sleep(0.1)
+    assert [bool(rabbit.bodies(name)) for name in NAMES] == [False, True, True]
+    memory.held -= 5 * MIB
+    for request in requests:
+        (delivery,) = request.get(timeout=1)
+        delivery.close()
+    broker.lost("the test is over")
+    gevent.sleep(0.05)
 
 
 # The end.
