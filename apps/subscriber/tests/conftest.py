@@ -172,22 +172,22 @@ class Peer:
         match method:
             case frame.ProtocolHeader():
                 able = {"publisher_confirms": True, "basic.nack": True}
-                self._say(0, Connection.Start(server_properties={"capabilities": able}))
+                self.say(0, Connection.Start(server_properties={"capabilities": able}))
             case Connection.StartOk():
-                self._say(0, Connection.Tune(2047, 131072, 0))
+                self.say(0, Connection.Tune(2047, 131072, 0))
             case Connection.Open():
-                self._say(0, Connection.OpenOk())
+                self.say(0, Connection.OpenOk())
             case Connection.Close():
-                self._say(0, Connection.CloseOk())
+                self.say(0, Connection.CloseOk())
             case Channel.Open():
                 self._tags[number] = self._prefetch[number] = 0
-                self._say(number, Channel.OpenOk())
+                self.say(number, Channel.OpenOk())
             case Channel.CloseOk():
                 self.closing.discard(number)
             case _ if number in self.closing:
                 pass  # what was sent before the close was heard
             case Channel.Close():
-                self._say(number, Channel.CloseOk())
+                self.say(number, Channel.CloseOk())
                 self._give_back(number)
             case Basic.Get(queue=name) | Basic.Consume(queue=name) if (
                 name not in self._rabbit.queues
@@ -200,16 +200,16 @@ class Peer:
                     self._hand_out(number, name, None)
                 else:
                     self._rabbit.empties += 1
-                    self._say(number, Basic.GetEmpty())
+                    self.say(number, Basic.GetEmpty())
             case Basic.Qos(prefetch_count=count):
                 self._prefetch[number] = count
-                self._say(number, Basic.QosOk())
+                self.say(number, Basic.QosOk())
             case Basic.Consume(queue=name, consumer_tag=tag):
                 self._consumers.append(Consumer(number, tag, name, self._prefetch[number]))
-                self._say(number, Basic.ConsumeOk(tag))
+                self.say(number, Basic.ConsumeOk(tag))
             case Basic.Cancel(consumer_tag=tag):
                 self._consumers = [one for one in self._consumers if one.tag != tag]
-                self._say(number, Basic.CancelOk(tag))
+                self.say(number, Basic.CancelOk(tag))
             case Basic.Ack(delivery_tag=tag, multiple=multiple):
                 for one in self._settle(number, tag, multiple):
                     self._rabbit.acked.append(one.message.body)
@@ -248,11 +248,11 @@ class Peer:
             returned = Basic.Return(312, "NO_ROUTE", publish.exchange, publish.routing_key)
             self._send_content(number, returned, message)
         elif self._rabbit.full:
-            self._say(number, Basic.Nack(self._published[number]))
+            self.say(number, Basic.Nack(self._published[number]))
             return
         else:
             self._rabbit.queues[name].append(message)
-        self._say(number, Basic.Ack(self._published[number]))
+        self.say(number, Basic.Ack(self._published[number]))
 
     def _hand_out(self, number: int, name: str, consumer: Consumer | None) -> None:
         queue = self._rabbit.queues[name]
@@ -287,7 +287,7 @@ class Peer:
         if number in self.closing:
             return
         self.closing.add(number)
-        self._say(number, Channel.Close(code, text, 60, 0))
+        self.say(number, Channel.Close(code, text, 60, 0))
         self._give_back(number)
 
     def _give_back(self, number: int) -> None:
@@ -295,7 +295,8 @@ class Peer:
         for one in self.unsettled.pop(number, {}).values():
             self._rabbit.queues[one.queue].give_back(one.message)
 
-    def _say(self, number: int, method: Any) -> None:
+    def say(self, number: int, method: Any) -> None:
+        """Send method on a channel."""
         self._send(frame.Method(number, method).marshal())
 
 

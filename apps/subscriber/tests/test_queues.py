@@ -279,15 +279,24 @@ def test_an_answer_that_comes_after_the_channel_was_given_up_is_nobody_s(
     client: FlaskClient, rabbit: Rabbit, wire: Wire
 ) -> None:
     rabbit.slow.add("pizza")
+    wire.peer.deaf = (Channel.Close,)
     late = get(client, PIZZA)
+    old = max(wire.connection._channels)
     gevent.sleep(0.5)
     client.get(PASTA)
     assert late.get(timeout=2).status_code == 503
+    gevent.sleep(0.05)
     wire.prompt = False
     rabbit.slow.clear()
     rabbit.publish(b"a", queue="pizza")
     again = get(client, PIZZA)
-    # The old channel's number is not free before its close is confirmed.
+    wire.answer(1)  # the new channel is open, and its get on the way
+    (answer,) = wire.answers
+    wire.answers.clear()
+    wire.peer.say(old, Basic.GetEmpty())
+    wire.answer()
+    assert not again.ready()
+    wire.answers.append(answer)
     wire.answer()
     assert text(again.get(timeout=2)) == "a\n"
 
@@ -307,6 +316,23 @@ def test_a_channel_that_does_not_open_is_given_up_alone(
     wire.peer.deaf = ()
     rabbit.publish(b"c", queue="pizza")
     answers_at_once(client, PIZZA, "c\n")
+
+
+def test_a_dead_queue_whose_channel_does_not_open_ends_no_other(
+    client: FlaskClient, rabbit: Rabbit, wire: Wire
+) -> None:
+    rabbit.publish(b"a", b"b", queue="pasta")
+    answers_at_once(client, PASTA, "a\n")
+    wire.peer.deaf = (Channel.Open,)
+    look = get(client, "/queues/pizza/dead")
+    number = max(wire.connection._channels)
+    gevent.sleep(0.5)
+    answers_at_once(client, PASTA, "b\n")
+    assert look.get(timeout=2).status_code == 503
+    wire.peer.deaf = ()
+    wire.peer.say(number, Channel.OpenOk())
+    wire.answer()
+    assert number not in wire.connection._channels, "no channel is left open"
 
 
 def test_a_burst_of_one_queue_leaves_the_others_answering(
@@ -390,9 +416,30 @@ def test_a_channel_that_the_broker_closes_ends_its_waits_and_leases_alone(
     other_poll.kill()
 
 
+def test_a_lost_connection_ends_the_waits_of_all_queues_and_they_go_on_with_the_next(
+    client: FlaskClient, broker: Broker, rabbit: Rabbit, wire: Wire
+) -> None:
+    for name in NAMES:
+        rabbit.publish(name.encode(), queue=name)
+    paths = [f"/queues/{name}" for name in NAMES]
+    receipts = [lease(client, f"{path}/messages") for path in paths]
+    polls = [get(client, f"{path}/messages?wait=9") for path in paths]
+    wire.lose()
+    broker.lost("gone")
+    for poll in polls:
+        answer = poll.get(timeout=1)
+        assert (answer.status_code, answer.json["message"]) == (503, "the broker was lost: gone")
+    assert client.get(PIZZA).status_code == 503
+    rabbit.connect(broker).prompt = True
+    for path, name, receipt in zip(paths, NAMES, receipts, strict=True):
+        assert client.post(f"{path}/ack", json={"receipt": receipt}).status_code == 410
+        assert text(client.get(f"{path}/messages")) == f"{name}\n"
+
+
 # Many queues.
 
 
+@pytest.mark.parametrize("receive_timeout", [4])
 def test_each_of_many_queues_has_one_channel(
     client: FlaskClient, rabbit: Rabbit, wire: Wire, path: Path
 ) -> None:
@@ -406,7 +453,7 @@ def test_each_of_many_queues_has_one_channel(
         gevent.spawn(client.application.test_client().get, f"/queues/{name}/messages")
         for name in names
     ]
-    assert [text(one.get(timeout=5)) for one in requests] == [f"{name}\n" for name in names]
+    assert [text(one.get(timeout=9)) for one in requests] == [f"{name}\n" for name in names]
     for name in names:
         assert text(client.get(f"/queues/{name}/messages")) == EMPTY
     assert sum(map(len, wire.sent(Channel.Open))) == 1 + 300
@@ -522,3 +569,23 @@ def test_at_the_end_all_queues_are_settled_and_their_long_polls_answered(
     assert 0.3 <= closed[0] - begin < 0.7, "the time to settle is waited once"
     assert {name.encode() for name in NAMES} <= set(rabbit.acked)
     gevent.joinall(bursts, timeout=1)
+
+
+def test_at_the_end_the_acknowledgements_of_each_queue_are_given_time(
+    client: FlaskClient,
+    broker: Broker,
+    rabbit: Rabbit,
+    wire: Wire,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("subscriber.broker.SETTLE", 0.3)
+    for path in "/receive", PASTA:
+        assert text(client.get(path)) == EMPTY
+    rabbit.publish(b"a", queue="pasta")
+    closed: list[float] = []
+    monkeypatch.setattr(wire.connection, "close", lambda: closed.append(time.monotonic()))
+    assert text(client.get(PASTA)) == "a\n"  # which is acknowledged at the end of the turn
+    begin = time.monotonic()
+    broker.stop()
+    assert rabbit.acked == [b"a"]
+    assert closed[0] - begin >= 0.25
