@@ -30,9 +30,9 @@ GET /receive takes the next message off the queue:
     curl http://HOST:PORT/receive
     curl 'http://HOST:PORT/receive?wait=20&max=100'
 
-/queues/QUEUE/messages does the same for each of the other queues.
 With ?ack=manual it comes with a receipt and is yours for a while: POST /ack takes it off the queue.
 GET /dead shows what was given up, and POST /dead/redrive sends it back. /openapi.json says all.
+Each other queue has the same: GET /queues/QUEUE/messages, POST /queues/QUEUE/ack and so on.
 """
 EMPTY = b"No message available\n"
 NO_STORE = ("Cache-Control", "no-store")

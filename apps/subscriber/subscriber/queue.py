@@ -3,9 +3,9 @@
 
 The way of a message, from the route to the acknowledgement:
 
-    app.Subscriber.receive  calls Queue.get for what the request wants.
+    app.Subscriber.receive  finds the Queue that the path names, and calls its get.
     Queue.get               takes what Line holds; if that is not all, it puts a Waiter into Line,
-                            calls Fetch.soon, and waits for Waiter.done.
+                            opens the channel, calls Fetch.soon, and waits for Waiter.done.
     Fetch._ask              sends a basic.get or starts a burst for all that Line wants.
     Fetch._on_message       or, in a burst, _on_burst makes a Delivery of what comes, holds memory
                             for it, and by _arrive calls Settler.add and Line.hand_out.
