@@ -7,6 +7,7 @@ what is replaced here.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from struct import calcsize, pack, unpack_from
@@ -31,6 +32,7 @@ __all__ = [
     "Basic",
     "BasicProperties",
     "Channel",
+    "ChannelClosedByBroker",
     "Link",
     "Method",
 ]
@@ -145,7 +147,7 @@ def parameters(broker: BrokerSettings, name: str) -> ConnectionParameters:
 
 
 class Link:
-    """A connection with one channel, for callers that are greenlets of one thread.
+    """A connection with a main channel, for callers that are greenlets of one thread.
 
     pika's callbacks run in gevent's hub and never block. A subclass sets the channel up in
     opened(), calls ready() with it, and forgets in lost() what the connection brought.
@@ -154,6 +156,8 @@ class Link:
     def __init__(self, settings: BrokerSettings, name: str) -> None:
         """Prepare a connection that operators see as name; nothing connects before start()."""
         self.channel: Channel | None = None
+        # When the broker last did what it was asked, by time.monotonic().
+        self.heard = 0.0
         self._broker_settings = settings
         self._name = name
         self._retry = FIRST_RETRY
@@ -201,6 +205,7 @@ class Link:
     def alive(self) -> None:
         """Take note that the broker does what it was asked: the next loss is a new one."""
         self._retry = FIRST_RETRY
+        self.heard = time.monotonic()
 
     def lost(self, reason: object) -> None:  # noqa: ARG002 - for those who override it
         """Use the channel no more; called once or more for each connection."""

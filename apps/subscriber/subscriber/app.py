@@ -2,10 +2,12 @@
 
 import json
 import time
+from dataclasses import dataclass
 
 from common import events
 from door.call import Answer, Call, json_answer
 from door.memory import Memory
+from door.topology import Topology
 from door.web import equip
 from flask import Flask, Response
 from gevent.lock import BoundedSemaphore
@@ -19,6 +21,7 @@ from subscriber.delivery import Delivery
 from subscriber.handover import SENDS_NO_MORE, Handover, shows
 from subscriber.leases import Leases
 from subscriber.parcel import JSON, LINES, TEXT, Parcel, lines
+from subscriber.queue import Queue
 from subscriber.settings import Settings
 
 WELCOME = """\
@@ -29,6 +32,7 @@ GET /receive takes the next message off the queue:
 
 With ?ack=manual it comes with a receipt and is yours for a while: POST /ack takes it off the queue.
 GET /dead shows what was given up, and POST /dead/redrive sends it back. /openapi.json says all.
+Each other queue has the same: GET /queues/QUEUE/messages, POST /queues/QUEUE/ack and so on.
 """
 EMPTY = b"No message available\n"
 NO_STORE = ("Cache-Control", "no-store")
@@ -44,7 +48,10 @@ MAX_BATCHES = 3
 def create_app(
     broker: Broker, settings: Settings, memory: Memory, sink: events.Sink | None = None
 ) -> Flask:
-    """Return the app that hands out broker's messages, by default with settings' collector."""
+    """Return the app that hands out broker's messages, by default with settings' collector.
+
+    Raises ConfigError when the file of the queues cannot be read.
+    """
     if sink is None:
         sink = events.start("subscriber", settings.events.host, settings.events.port)
     app = Flask("subscriber", static_folder=None)
@@ -56,6 +63,12 @@ def create_app(
         ("POST", "/extend"): door.extend,
         ("GET", "/dead"): door.look,
         ("POST", "/dead/redrive"): door.redrive,
+        ("GET", "/queues/{queue}/messages"): door.receive,
+        ("POST", "/queues/{queue}/ack"): door.ack,
+        ("POST", "/queues/{queue}/reject"): door.reject,
+        ("POST", "/queues/{queue}/extend"): door.extend,
+        ("GET", "/queues/{queue}/dead"): door.look,
+        ("POST", "/queues/{queue}/dead/redrive"): door.redrive,
     }
     equip(app, broker, sink, settings.access, routes)
 
@@ -66,6 +79,15 @@ def create_app(
     return app
 
 
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """What is handed out of one queue."""
+
+    queue: Queue
+    leases: Leases
+    dead: Dead
+
+
 class Subscriber:
     """What the door answers to each request."""
 
@@ -73,13 +95,16 @@ class Subscriber:
         """Answer with broker's messages."""
         self._broker = broker
         self._settings = settings
-        self._leases = Leases(broker, settings.lease_seconds, memory)
-        self._dead = Dead(broker, settings)
+        self._memory = memory
+        self._topology = Topology(settings.queue, settings.queues_file)
+        # One that was removed from the file stays, for what was leased.
+        self._counters: dict[str, Counter] = {}
         self._batches = BoundedSemaphore(MAX_BATCHES)
 
     def receive(self, call: Call) -> Answer:
         """Hand over the next message, or many."""
-        call.event.fields |= {"event": "receive", "queue": self._settings.queue}
+        call.event.fields["event"] = "receive"
+        counter = self._counter(call)
         query = call.query("max", "wait", "ack")
         most = number(query, "max", 1, MAX_MESSAGES, absent=0)
         wait = number(query, "wait", 0, MAX_WAIT, absent=0)
@@ -88,63 +113,81 @@ class Subscriber:
             abort(400, "ack must be auto or manual.")
         kind = choose(call.header("Accept"), many=most > 0)
         asked = time.perf_counter()
-        deliveries = self._broker.get(wait=wait, address=call.client.address)
+        deliveries = counter.queue.get(wait=wait, address=call.client.address)
         if wait:
             call.event.waited = time.perf_counter() - asked
         if not deliveries:
             return nothing(kind)
         done = nobody_waits
         if most > 1:
-            deliveries = self._more(call, deliveries, most)
+            deliveries = self._more(call, counter.queue, deliveries, most)
             done = self._batches.release
-        leases = self._leases if ack == "manual" else None
-        parcel = Parcel(deliveries, kind, self._broker, leases, done)
+        leases = counter.leases if ack == "manual" else None
+        parcel = Parcel(deliveries, kind, counter.queue, leases, done)
         many = {"messages": len(deliveries)}
         call.event.fields |= many if kind == LINES else deliveries[0].origin
         return Answer(200, parcel.headers, Handover(parcel, call.client.socket, call.event))
 
-    def _more(self, call: Call, deliveries: list[Delivery], most: int) -> list[Delivery]:
+    def _counter(self, call: Call) -> Counter:
+        """Return what hands out the queue that call names; aborts with 404 without one."""
+        name = self._topology.queue(call.name)
+        call.event.fields["queue"] = name
+        counter = self._counters.get(name)
+        if counter is None:
+            queue = self._broker.queue(name)
+            leases = Leases(queue, self._settings.lease_seconds, self._memory)
+            counter = Counter(queue, leases, Dead(self._broker, name, self._settings))
+            self._counters[name] = counter
+        return counter
+
+    def _more(
+        self, call: Call, queue: Queue, deliveries: list[Delivery], most: int
+    ) -> list[Delivery]:
         """Return deliveries and what else there is, most in all; takes one of the batches."""
         self._batches.acquire()
         try:
             room = self._settings.max_batch_bytes - deliveries[0].size
             # More for a client that may have left would keep them from the others.
             if room > 0 and not shows(call.client.socket, SENDS_NO_MORE):
-                more = self._broker.get(most - 1, room, address=call.client.address)
+                more = queue.get(most - 1, room, address=call.client.address)
                 deliveries = deliveries + more
         except BaseException:
             self._batches.release()
-            self._broker.release(deliveries)
+            queue.release(deliveries)
             raise
         return deliveries
 
     def ack(self, call: Call) -> Answer:
         """Take leased messages off the queue."""
-        taken = self._leases.take(read_receipts(call, {"receipt", "receipts"})[0])
-        self._broker.ack(taken)
+        counter = self._counter(call)
+        taken = counter.leases.take(read_receipts(call, {"receipt", "receipts"})[0])
+        counter.queue.ack(taken)
         return json_answer(200, {"acknowledged": len(taken)})
 
     def reject(self, call: Call) -> Answer:
         """Give leased messages back."""
+        counter = self._counter(call)
         receipts, requeue = read_receipts(call, {"receipt", "receipts", "requeue"})
-        taken = self._leases.take(receipts)
-        self._broker.reject(taken, requeue)
+        taken = counter.leases.take(receipts)
+        counter.queue.reject(taken, requeue)
         return json_answer(200, {"rejected": len(taken)})
 
     def extend(self, call: Call) -> Answer:
         """Let leases last for longer."""
-        count = self._leases.extend(read_receipts(call, {"receipt", "receipts"})[0])
+        leases = self._counter(call).leases
+        count = leases.extend(read_receipts(call, {"receipt", "receipts"})[0])
         return json_answer(200, {"extended": count})
 
     def look(self, call: Call) -> Answer:
         """Show messages of the dead queue."""
+        dead = self._counter(call).dead
         most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=1)
         grant = call.client.grant
         before = grant.amount
         # The last message that is read may be one that does not fit.
         grant.add(self._settings.max_batch_bytes + LARGEST_MESSAGE)
         with self._batches:
-            found = self._dead.look(most, self._settings.max_batch_bytes)
+            found = dead.look(most, self._settings.max_batch_bytes)
         grant.resize(before + sum(one.weight for one in found))
         if not found:
             return nothing(LINES)
@@ -154,8 +197,9 @@ class Subscriber:
 
     def redrive(self, call: Call) -> Answer:
         """Send messages of the dead queue back to where they came from."""
+        dead = self._counter(call).dead
         most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
-        return json_answer(200, {"redriven": self._dead.redrive(most)})
+        return json_answer(200, {"redriven": dead.redrive(most)})
 
 
 def nobody_waits() -> None:

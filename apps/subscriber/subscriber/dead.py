@@ -2,16 +2,23 @@
 """The dead queue: a look that uses nothing up, and the way back."""
 
 import copy
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
-from door.amqp import PERSISTENT_DELIVERY_MODE, AMQPError, Basic, BasicProperties, Channel
+from door.amqp import (
+    PERSISTENT_DELIVERY_MODE,
+    AMQPError,
+    Basic,
+    BasicProperties,
+    Channel,
+    Link,
+)
 from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
 
-from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.settings import Settings
 
@@ -23,13 +30,13 @@ PAST |= {
 
 
 class Dead:
-    """Messages that were given up; one request at a time, so that looks keep their order."""
+    """The given-up messages of a queue; one request at a time, so that looks keep their order."""
 
-    def __init__(self, broker: Broker, settings: Settings) -> None:
-        """Reach the dead queue by broker's connection."""
+    def __init__(self, broker: Link, queue: str, settings: Settings) -> None:
+        """Reach the dead queue of queue by broker's connection."""
         self._broker = broker
-        self._settings = settings
-        self._queue = f"{settings.queue}.dead"
+        self._exchange = settings.exchange
+        self._origin, self._queue = queue, f"{queue}.dead"
         self._timeout = settings.receive_timeout
         self._turn = BoundedSemaphore()
 
@@ -63,8 +70,8 @@ class Dead:
             for delivery in self._deliveries(channel, most):
                 try:
                     channel.basic_publish(
-                        self._settings.exchange,
-                        self._settings.queue,
+                        self._exchange,
+                        self._origin,
                         delivery.body,
                         anew(delivery.properties),
                         mandatory=True,
@@ -96,9 +103,12 @@ class Dead:
                 channel.add_on_close_callback(lambda _channel, _reason: closed.set())
                 if not opened.wait(self._timeout):
                     late = BrokerUnavailable("the broker opened no channel in time")
+                    silent = self._broker.heard < time.monotonic() - self._timeout
                     # A newer connection is not to blame.
-                    if self._broker.channel is main:
+                    if silent and self._broker.channel is main:
                         self._broker.drop(late)
+                    elif not channel.is_closed:
+                        channel.close()
                     raise late
                 yield channel
             except AMQPError as error:
@@ -125,6 +135,7 @@ class Dead:
                 return
             if isinstance(answer, Exception):
                 raise BrokerUnavailable(f"the channel was closed: {answer!r}")
+            self._broker.alive()
             method, properties, body = answer
             if method.delivery_tag == 1:
                 left = min(most, method.message_count + 1)

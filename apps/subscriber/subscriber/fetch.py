@@ -6,21 +6,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import gevent
-from door.amqp import AMQPError, Basic, BasicProperties, Channel, Link
+from door.amqp import AMQPError, Basic, BasicProperties, Channel
 from door.memory import Grant, Memory
 from gevent.event import Event
 
 from subscriber.delivery import Delivery
 from subscriber.line import Line
 from subscriber.pace import Pace
-from subscriber.settings import Settings
-from subscriber.settle import Settler
+from subscriber.settle import Link, Settler
+from subscriber.shared import Shared
 
 # Seconds between two looks whether a burst goes on.
 BURST_TIMEOUT = 0.5
-# Seconds between two looks into an empty queue while requests wait for a message, and between
-# two attempts to hold memory for a message that came.
-POLL, HOLD = 0.05, 0.02
+# Seconds between two attempts to hold memory for a message that came.
+HOLD = 0.02
+# Share of the memory that is held when it is short: messages whose gets are on their way may take
+# more than there is, if each is as large as it can be.
+SHORT = 0.5
 
 
 @dataclass(eq=False)
@@ -52,18 +54,26 @@ class Fetch:
 
     A message holds memory from when it came until it was written. What a burst is expected to
     bring is held before; what comes beyond that goes back to the queue. Only a get may bring a
-    message before memory is held for it, and the next get waits until it is.
+    message before memory is held for it, and the next get waits until it is. While memory is short,
+    that holds for the gets of all queues together: one is on its way at a time, as there is room
+    for one such message.
     """
 
     def __init__(
-        self, link: Link, settings: Settings, memory: Memory, line: Line, settler: Settler
+        self, link: Link, queue: str, timeout: float, shared: Shared, line: Line, settler: Settler
     ) -> None:
-        """Fetch by link's channel, which is opened(), for line; hold messages in memory."""
+        """Fetch from queue by link's channel, which is opened(), for line.
+
+        Messages are held in the shared memory; an answer is overdue after timeout seconds.
+        """
         self._link = link
-        self._settings = settings
-        self._memory = memory
+        self._queue = queue
+        self._timeout = timeout
+        self._memory = shared.memory
+        self._spare = shared.spare
         self._line = line
         self._settler = settler
+        self._polls = shared.polls
         self._pace = Pace()
         # How many gets were sent, and when the one on its way was.
         self.gets = 0
@@ -83,24 +93,27 @@ class Fetch:
     @property
     def needs_memory(self) -> bool:
         """Whether no message is fetched until there is memory for the last one."""
-        return self._unheld is not None
+        return self._unheld is not None or self._spare.waits(self)
 
     @property
     def silent(self) -> bool:
         """Whether an answer of the broker is overdue."""
         # A little less than the time-out, as the two clocks need not agree.
-        overdue = time.monotonic() - 0.9 * self._settings.receive_timeout
+        overdue = time.monotonic() - 0.9 * self._timeout
         return 0 < self._asked < overdue or bool(self._burst and self._burst.sign < overdue)
 
     def opened(self, channel: Channel) -> None:
         """Hear on channel, which was just opened, that the queue is empty."""
-        channel.add_callback(self._on_empty, [Basic.GetEmpty], one_shot=False)
+        channel.add_callback(
+            lambda _frame: self._on_empty(channel), [Basic.GetEmpty], one_shot=False
+        )
 
     def lost(self) -> None:
         """Wait for nothing more of a channel that is gone."""
         if self._burst:
             self._burst.grant.close()
-        self._burst, self._ready, self._asked = None, 0, 0.0
+        self._burst, self._ready = None, 0
+        self._answered()
 
     def soon(self) -> None:
         """Ask once for all that comes in this turn of the event loop."""
@@ -124,10 +137,20 @@ class Fetch:
         with self._link.giving_up():
             if count and self._memory.take_now(amount := count * self._pace.largest):
                 self._start_burst(channel, count, Grant(self._memory, amount))
-            else:
+            elif not self._short or self._spare.take(self, self.soon):
                 self._asked = time.monotonic()
                 self.gets += 1
-                channel.basic_get(self._settings.queue, self._on_message)
+                channel.basic_get(self._queue, self._on_message)
+
+    @property
+    def _short(self) -> bool:
+        return self._memory.held > self._memory.size * SHORT
+
+    def _answered(self) -> None:
+        """Wait for no get any more; what it brought may still have to wait for memory."""
+        self._asked = 0.0
+        if self._unheld is None:
+            self._spare.give(self)
 
     def _arrive(self, delivery: Delivery) -> None:
         self._link.alive()
@@ -141,7 +164,7 @@ class Fetch:
     ) -> None:
         if channel is not self._link.channel:
             return
-        self._asked, self._ready = 0.0, method.message_count
+        self._ready = method.message_count
         delivery = Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
         weight = delivery.weight
         self._pace.note(weight)
@@ -151,6 +174,7 @@ class Fetch:
         else:
             self._unheld = delivery
             gevent.spawn(self._hold, delivery, weight)
+        self._answered()
         self._arrive(delivery)
         self.soon()
 
@@ -163,17 +187,19 @@ class Fetch:
             self._memory.shed()
             gevent.sleep(HOLD)
         self._unheld = None
+        self._spare.give(self)
         self.soon()
 
-    def _on_empty(self, _frame: object) -> None:
-        if self._link.channel is None:
+    def _on_empty(self, channel: Channel) -> None:
+        if channel is not self._link.channel:
             return
-        self._asked, self._ready = 0.0, 0
+        self._ready = 0
+        self._answered()
         self._link.alive()
         self._line.found_empty(self.gets)
         if self._line.patient and not self._poll_due:
             self._poll_due = True
-            gevent.spawn_later(POLL, self._poll)
+            gevent.spawn_later(self._polls.pause(), self._poll)
         self.soon()
 
     def _poll(self) -> None:
@@ -197,7 +223,7 @@ class Fetch:
                 self._on_burst(channel, burst, delivery)
 
         channel.basic_qos(prefetch_count=count)
-        burst.tag = channel.basic_consume(self._settings.queue, on_message)
+        burst.tag = channel.basic_consume(self._queue, on_message)
         gevent.spawn_later(BURST_TIMEOUT, self._watch_burst, channel, burst)
 
     def _on_burst(self, channel: Channel, burst: Burst, delivery: Delivery) -> None:
@@ -229,7 +255,7 @@ class Fetch:
         """
         while burst is self._burst and burst.missing:
             missing = burst.missing
-            answered = self._answer_to_a_question(channel).wait(self._settings.receive_timeout)
+            answered = self._answer_to_a_question(channel).wait(self._timeout)
             if answered and burst is self._burst and missing == burst.missing:
                 self._end_burst(channel, burst)
             gevent.sleep(BURST_TIMEOUT)

@@ -9,8 +9,8 @@ import gevent
 import werkzeug.exceptions
 from door.memory import Memory, OutOfMemory
 
-from subscriber.broker import Broker
 from subscriber.delivery import Delivery, Handle
+from subscriber.queue import Queue
 
 # Seconds that a message can be held however often its lease is extended: RabbitMQ closes the
 # channel of one that is unsettled for 1,800.
@@ -24,7 +24,7 @@ LEASE = 1024
 
 
 class Gone(werkzeug.exceptions.Gone):
-    """Receipts that are used, expired, or another instance's; nothing was done for any."""
+    """Receipts that are used, expired, or not of this queue and instance; nothing was done."""
 
     def __init__(self, receipts: Sequence[str]) -> None:
         """Name the receipts."""
@@ -40,14 +40,14 @@ class _Lease:
 
 
 class Leases:
-    """The leases of this process; they end with it, or with its connection to the broker.
+    """The leases of one queue; they end with this process, or with the queue's channel.
 
     A lease holds no message body, so a client that takes ever more leases uses little memory.
     """
 
-    def __init__(self, broker: Broker, seconds: float, memory: Memory) -> None:
-        """Give leases of seconds for broker's messages, and hold memory for them."""
-        self._broker = broker
+    def __init__(self, queue: Queue, seconds: float, memory: Memory) -> None:
+        """Give leases of seconds for queue's messages, and hold memory for them."""
+        self._queue = queue
         self._seconds = seconds
         self._memory = memory
         self._leases: dict[str, _Lease] = {}
@@ -90,7 +90,7 @@ class Leases:
             for receipt in wanted
             if (lease := self._leases.get(receipt))
             and lease.end > now
-            and self._broker.holds(lease.handle)
+            and self._queue.holds(lease.handle)
         }
         if len(found) < len(wanted):
             raise Gone([receipt for receipt in wanted if receipt not in found])
@@ -106,4 +106,4 @@ class Leases:
             gevent.sleep(TICK)
             now = time.monotonic()
             ended = [receipt for receipt, lease in self._leases.items() if lease.end <= now]
-            self._broker.reject([self._end(one).handle for one in ended], requeue=True)
+            self._queue.reject([self._end(one).handle for one in ended], requeue=True)

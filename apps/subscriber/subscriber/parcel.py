@@ -5,9 +5,9 @@ from itertools import zip_longest
 
 import gevent
 
-from subscriber.broker import Broker
 from subscriber.delivery import PIECE, Delivery
 from subscriber.leases import Leases
+from subscriber.queue import Queue
 
 TEXT = "text/plain; charset=utf-8"
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -20,7 +20,7 @@ class Parcel:
         self,
         deliveries: Sequence[Delivery],
         kind: str,
-        broker: Broker,
+        queue: Queue,
         leases: Leases | None,
         done: Callable[[], object],
     ) -> None:
@@ -30,7 +30,7 @@ class Parcel:
         """
         self._deliveries = deliveries
         self._kind = kind
-        self._broker = broker
+        self._queue = queue
         self._leases = leases
         self._done = done
         self._receipts: list[str] = []
@@ -56,10 +56,10 @@ class Parcel:
         if not written:
             if self._leases:
                 self._leases.forget(self._receipts)
-            self._broker.release(self._deliveries)
+            self._queue.release(self._deliveries)
             return
         if not self._leases:
-            self._broker.ack(self._deliveries)
+            self._queue.ack(self._deliveries)
         for delivery in self._deliveries:
             delivery.close()
 

@@ -3,16 +3,32 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import takewhile
+from typing import Protocol
 
 import gevent
-from door.amqp import Link
+from door.amqp import Channel
 
 from subscriber.delivery import Delivery, Handle
 
 # Delivery tags, each with a flag: multiple (all up to the tag) with an acknowledgement, requeue
 # with a rejection.
 Said = list[tuple[int, bool]]
+
+
+class Link(Protocol):
+    """The way to the broker: a channel that may be lost, and come anew."""
+
+    @property
+    def channel(self) -> Channel | None:
+        """The channel that can be used now; None without one."""
+
+    def alive(self) -> None:
+        """Take note that the broker does what it was asked."""
+
+    def giving_up(self) -> AbstractContextManager[None]:
+        """Give the channel up when the block cannot use it."""
 
 
 class Unsettled:
@@ -79,11 +95,11 @@ class Settler:
         self._unsettled.add(tag)
 
     def holds(self, one: Delivery | Handle) -> bool:
-        """Whether one can still be settled; after a lost connection it comes again."""
+        """Whether one can still be settled; after a lost channel it comes again."""
         return one.channel is self._link.channel and self._unsettled.has(one.tag)
 
     def ack(self, some: Iterable[Delivery | Handle]) -> None:
-        """Take some off the queue; nothing for those whose connection is gone."""
+        """Take some off the queue; nothing for those whose channel is gone."""
         self._unsettled.ack(self._tags(some))
         self._soon()
 

@@ -17,6 +17,7 @@ from pika import frame
 from pika.adapters.utils.nbio_interface import AbstractIOServices
 from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection
 from subscriber.broker import Broker
+from subscriber.queue import Queue as ServedQueue
 from subscriber.settings import Settings
 
 
@@ -46,11 +47,14 @@ class Rabbit:
     """The queues of a broker, and what it finds fault with."""
 
     def __init__(self) -> None:
-        self.queues = {"takeaway": Queue(), "takeaway.dead": Queue()}
+        self.queues: dict[str, Queue] = {}
         # Where a queue's arguments send what is rejected.
-        self.dead_letter = {"takeaway": "takeaway.dead", "takeaway.dead": "takeaway"}
+        self.dead_letter: dict[str, str] = {}
         # By exchange and routing key.
-        self.bindings = {("takeaway-in", "takeaway"): "takeaway"}
+        self.bindings: dict[tuple[str, str], str] = {}
+        self.add("takeaway")
+        # Queues that answer no get.
+        self.slow: set[str] = set()
         # Exchanges that the user may not write to.
         self.forbidden: set[str] = set()
         # Whether queues take nothing more in.
@@ -73,11 +77,26 @@ class Rabbit:
     def bodies(self, queue: str = "takeaway") -> list[bytes]:
         return [message.body for message in self.queues[queue]]
 
-    def connect(self, link: Link) -> "Wire":
-        """Bring link a connection, on which nothing is heard of later answers before answer()."""
+    def add(self, *names: str) -> None:
+        """Have queues of names, each with its dead queue."""
+        for name in names:
+            dead = f"{name}.dead"
+            self.queues |= {name: Queue(), dead: Queue()}
+            self.dead_letter |= {name: dead, dead: name}
+            self.bindings["takeaway-in", name] = name
+
+    def connect(self, link: Link, queue: ServedQueue | None = None) -> "Wire":
+        """Bring link a connection, on which nothing is heard of later answers before answer().
+
+        queue's channel is open, and what it took to open it is not among what was sent.
+        """
         wire = Wire(self, link._connected)
         wire.answer()
         assert link.up
+        if queue:
+            queue.open()
+            wire.answer()
+            wire.writes.clear()
         return wire
 
 
@@ -108,6 +127,8 @@ class Peer:
         self._tags: dict[int, int] = defaultdict(int)
         self._prefetch: dict[int, int] = defaultdict(int)
         self._consumers: list[Consumer] = []
+        # Channels that it has closed, and that the client may not know yet.
+        self.closing: set[int] = set()
         # What is being published, by channel; the number of the last that was, where confirmed.
         self._publishing: dict[int, tuple[Any, Message]] = {}
         self._published: dict[int, int] = {}
@@ -151,37 +172,44 @@ class Peer:
         match method:
             case frame.ProtocolHeader():
                 able = {"publisher_confirms": True, "basic.nack": True}
-                self._say(0, Connection.Start(server_properties={"capabilities": able}))
+                self.say(0, Connection.Start(server_properties={"capabilities": able}))
             case Connection.StartOk():
-                self._say(0, Connection.Tune(2047, 131072, 0))
+                self.say(0, Connection.Tune(2047, 131072, 0))
             case Connection.Open():
-                self._say(0, Connection.OpenOk())
+                self.say(0, Connection.OpenOk())
             case Connection.Close():
-                self._say(0, Connection.CloseOk())
+                self.say(0, Connection.CloseOk())
             case Channel.Open():
-                self._say(number, Channel.OpenOk())
+                self._tags[number] = self._prefetch[number] = 0
+                self.say(number, Channel.OpenOk())
+            case Channel.CloseOk():
+                self.closing.discard(number)
+            case _ if number in self.closing:
+                pass  # what was sent before the close was heard
             case Channel.Close():
-                self._say(number, Channel.CloseOk())
+                self.say(number, Channel.CloseOk())
                 self._give_back(number)
             case Basic.Get(queue=name) | Basic.Consume(queue=name) if (
                 name not in self._rabbit.queues
             ):
-                self._close(number, 404, f"NOT_FOUND - no queue '{name}'")
+                self.close(number, 404, f"NOT_FOUND - no queue '{name}'")
+            case Basic.Get(queue=name) if name in self._rabbit.slow:
+                pass
             case Basic.Get(queue=name):
                 if self._rabbit.queues[name]:
                     self._hand_out(number, name, None)
                 else:
                     self._rabbit.empties += 1
-                    self._say(number, Basic.GetEmpty())
+                    self.say(number, Basic.GetEmpty())
             case Basic.Qos(prefetch_count=count):
                 self._prefetch[number] = count
-                self._say(number, Basic.QosOk())
+                self.say(number, Basic.QosOk())
             case Basic.Consume(queue=name, consumer_tag=tag):
                 self._consumers.append(Consumer(number, tag, name, self._prefetch[number]))
-                self._say(number, Basic.ConsumeOk(tag))
+                self.say(number, Basic.ConsumeOk(tag))
             case Basic.Cancel(consumer_tag=tag):
                 self._consumers = [one for one in self._consumers if one.tag != tag]
-                self._say(number, Basic.CancelOk(tag))
+                self.say(number, Basic.CancelOk(tag))
             case Basic.Ack(delivery_tag=tag, multiple=multiple):
                 for one in self._settle(number, tag, multiple):
                     self._rabbit.acked.append(one.message.body)
@@ -212,7 +240,7 @@ class Peer:
     def _take_in(self, number: int) -> None:
         publish, message = self._publishing.pop(number)
         if publish.exchange in self._rabbit.forbidden:
-            self._close(number, 403, "ACCESS_REFUSED")
+            self.close(number, 403, "ACCESS_REFUSED")
             return
         self._published[number] += 1
         name = self._rabbit.bindings.get((publish.exchange, publish.routing_key))
@@ -220,11 +248,11 @@ class Peer:
             returned = Basic.Return(312, "NO_ROUTE", publish.exchange, publish.routing_key)
             self._send_content(number, returned, message)
         elif self._rabbit.full:
-            self._say(number, Basic.Nack(self._published[number]))
+            self.say(number, Basic.Nack(self._published[number]))
             return
         else:
             self._rabbit.queues[name].append(message)
-        self._say(number, Basic.Ack(self._published[number]))
+        self.say(number, Basic.Ack(self._published[number]))
 
     def _hand_out(self, number: int, name: str, consumer: Consumer | None) -> None:
         queue = self._rabbit.queues[name]
@@ -250,12 +278,16 @@ class Peer:
         # RabbitMQ closes the channel for a tag that it does not know.
         if (tag or not multiple) and tag not in unsettled:
             self._rabbit.faults.append(f"unknown delivery tag {tag}")
-            self._close(number, 406, f"PRECONDITION_FAILED - unknown delivery tag {tag}")
+            self.close(number, 406, f"PRECONDITION_FAILED - unknown delivery tag {tag}")
             return []
         return [unsettled.pop(one) for one in tags]
 
-    def _close(self, number: int, code: int, text: str) -> None:
-        self._say(number, Channel.Close(code, text, 60, 0))
+    def close(self, number: int, code: int, text: str) -> None:
+        """Close a channel of the client's, unless it is closed."""
+        if number in self.closing:
+            return
+        self.closing.add(number)
+        self.say(number, Channel.Close(code, text, 60, 0))
         self._give_back(number)
 
     def _give_back(self, number: int) -> None:
@@ -263,7 +295,8 @@ class Peer:
         for one in self.unsettled.pop(number, {}).values():
             self._rabbit.queues[one.queue].give_back(one.message)
 
-    def _say(self, number: int, method: Any) -> None:
+    def say(self, number: int, method: Any) -> None:
+        """Send method on a channel."""
         self._send(frame.Method(number, method).marshal())
 
 
@@ -371,8 +404,13 @@ def broker(receive_timeout: float) -> Iterator[Broker]:
 
 
 @pytest.fixture
-def wire(rabbit: Rabbit, broker: Broker) -> Wire:
-    return rabbit.connect(broker)
+def queue(broker: Broker) -> ServedQueue:
+    return broker.queue("takeaway")
+
+
+@pytest.fixture
+def wire(rabbit: Rabbit, broker: Broker, queue: ServedQueue) -> Wire:
+    return rabbit.connect(broker, queue)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ ADDRESS = "192.0.2.1"
 class FakeBroker:
     def __init__(self) -> None:
         self.up = True
-        self.queue: list[bytes] = []
+        self.waiting: list[bytes] = []
         self.properties = BasicProperties()
         self.asked: list[tuple[int, float]] = []  # with most messages and seconds
         self.rooms: list[float] = []
@@ -69,13 +69,17 @@ class FakeBroker:
             raise BrokerUnavailable("away")
         if self.error and room < 1e99:
             raise self.error
-        return [self._next() for _ in range(min(want, len(self.queue)))]
+        return [self._next() for _ in range(min(want, len(self.waiting)))]
 
     def _next(self) -> Delivery:
         channel: Any = self
         self._tag += 1
-        self._bodies[self._tag] = self.queue.pop(0)
+        self._bodies[self._tag] = self.waiting.pop(0)
         return Delivery(self._tag, self._bodies[self._tag], self.properties, channel)
+
+    def queue(self, name: str) -> "FakeBroker":
+        assert name == "takeaway"
+        return self
 
     def holds(self, one: Delivery | Handle) -> bool:
         return one.tag not in self.settled
@@ -157,7 +161,7 @@ def test_the_welcome_names_the_way_to_a_message(client: FlaskClient) -> None:
 
 
 def test_receive_answers_the_next_message(client: FlaskClient, broker: FakeBroker) -> None:
-    broker.queue = ["Käse ☃".encode(), b"second"]
+    broker.waiting = ["Käse ☃".encode(), b"second"]
     answer = client.get("/receive")
     assert answer.status_code == 200
     assert answer.data == "Käse ☃\n".encode()
@@ -168,7 +172,7 @@ def test_receive_answers_the_next_message(client: FlaskClient, broker: FakeBroke
 
 
 def test_receive_passes_bytes_that_are_no_text(client: FlaskClient, broker: FakeBroker) -> None:
-    broker.queue = [b"\xff\x00"]
+    broker.waiting = [b"\xff\x00"]
     assert client.get("/receive").data == b"\xff\x00\n"
 
 
@@ -191,13 +195,13 @@ def test_receive_is_503_while_the_broker_is_away(client: FlaskClient, broker: Fa
 
 @pytest.mark.parametrize("method", ["HEAD", "POST", "PUT", "DELETE"])
 def test_only_get_takes_a_message(client: FlaskClient, broker: FakeBroker, method: str) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     assert client.open("/receive?ack=manual&max=2", method=method).status_code == 405
     assert broker.asked == []
 
 
 def test_who_has_no_access_takes_no_message(broker: Any, events: Events) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     access = Access(("Bearer secret",))
     client = create_app(broker, Settings(access=access), MEMORY, events).test_client()
     for path in "/receive", "/dead", "/ack", "/reject", "/extend", "/dead/redrive":
@@ -224,7 +228,7 @@ def test_who_has_no_access_takes_no_message(broker: Any, events: Events) -> None
 def test_a_request_waits_for_the_first_message_and_takes_the_others_that_are_there(
     client: FlaskClient, broker: FakeBroker, query: str, asked: list[tuple[int, int]]
 ) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     assert client.get(f"/receive{query}").status_code == 200
     assert broker.asked == asked
 
@@ -257,7 +261,7 @@ def test_the_time_that_a_client_asked_to_wait_is_none_of_the_request_s_duration(
 def test_an_argument_that_makes_no_sense_takes_no_message(
     client: FlaskClient, broker: FakeBroker, query: str
 ) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     answer = client.get(f"/receive?{query}")
     assert answer.status_code == 400
     assert answer.json
@@ -290,7 +294,7 @@ def test_the_form_of_the_answer_follows_accept_and_max(
     client: FlaskClient, broker: FakeBroker, query: str, accept: str, kind: str
 ) -> None:
     empty = client.get(f"/receive{query}", headers={"Accept": accept})
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     answer = client.get(f"/receive{query}", headers={"Accept": accept})
     assert answer.mimetype == kind
     if kind == "text/plain":
@@ -346,7 +350,7 @@ def test_a_parameter_that_is_not_known_is_named_and_takes_no_message(
 
 
 def test_a_message_as_json_tells_all_of_it(client: FlaskClient, broker: FakeBroker) -> None:
-    broker.queue = [b"\xff"]
+    broker.waiting = [b"\xff"]
     broker.properties = properties(message_id="m", content_type="a/b", headers={"X-A": 1})
     assert client.get("/receive", headers={"Accept": "application/json"}).json == {
         "id": "m",
@@ -365,7 +369,7 @@ def test_a_message_as_json_tells_all_of_it(client: FlaskClient, broker: FakeBrok
 def test_a_large_message_arrives_whole_in_each_form(
     client: FlaskClient, broker: FakeBroker, body: bytes, query: str
 ) -> None:
-    broker.queue = [body, b"small"]
+    broker.waiting = [body, b"small"]
     answer = client.get(
         f"/receive{query}", headers={"Accept": "*/*" if query else "application/json"}
     )
@@ -382,7 +386,7 @@ def test_a_large_message_arrives_whole_in_each_form(
 def test_a_batch_has_room_for_its_lines_and_for_one_message_of_any_size(
     broker: Any, events: Events, fits: float, bodies: list[str]
 ) -> None:
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     size = Delivery(1, b"a", broker.properties, broker).size
     settings = Settings(max_batch_bytes=int(fits * size))
     answer = create_app(broker, settings, MEMORY, events).test_client().get("/receive?max=9")
@@ -398,7 +402,7 @@ def test_a_message_is_acknowledged_only_when_more_than_its_body_is_asked_for(
     app: Any, broker: FakeBroker, path: str
 ) -> None:
     bodies = [b"a", b"b"] if "max" in path else [b"a"]
-    broker.queue = [*bodies]
+    broker.waiting = [*bodies]
     steps = response(app, path)
     assert next(steps)
     assert broker.acked == []
@@ -413,7 +417,7 @@ def test_a_message_that_was_not_written_is_released(
     app: Any, broker: FakeBroker, path: str, taken: int
 ) -> None:
     bodies = [b"a", b"b"] if "max" in path else [b"a"]
-    broker.queue = [*bodies]
+    broker.waiting = [*bodies]
     steps = response(app, path)
     for _ in range(taken):
         next(steps)
@@ -432,7 +436,7 @@ def test_a_client_that_left_before_it_read_leaves_its_message(
     when: str,
 ) -> None:
     near, far = ends
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     steps = response(app, path, near=near)
     if when == "while it waited":
         far.close()
@@ -449,7 +453,7 @@ def test_a_client_that_has_said_all_it_has_to_say_gets_its_answer(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket], path: str
 ) -> None:
     near, far = ends
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     far.shutdown(socket.SHUT_WR)
     steps = response(app, path, near=near)
     near.sendall(next(steps))
@@ -462,7 +466,7 @@ def test_a_client_that_says_no_more_and_reads_nothing_leaves_its_message(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
 ) -> None:
     near, far = ends
-    broker.queue = [b"a" * 8_000_000]
+    broker.waiting = [b"a" * 8_000_000]
     far.shutdown(socket.SHUT_WR)
     steps = response(app, near=near)
     near.settimeout(0.2)
@@ -481,7 +485,7 @@ def test_a_client_that_left_while_it_waited_keeps_no_more_messages_from_others(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
 ) -> None:
     near, far = ends
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     far.close()
     response(app, "/receive?max=9", near).close()
     assert broker.asked == [(1, 0)]
@@ -491,7 +495,7 @@ def test_a_client_that_left_while_it_waited_keeps_no_more_messages_from_others(
 def test_a_request_waits_under_its_client_s_address(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
 ) -> None:
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     response(app, "/receive?max=2", ends[0]).close()
     # For the first message, and for those behind it.
     assert broker.addresses == [ADDRESS, ADDRESS]
@@ -501,7 +505,7 @@ def test_a_client_that_read_everything_and_left_has_its_message(
     app: Any, broker: FakeBroker, ends: tuple[socket.socket, socket.socket]
 ) -> None:
     near, far = ends
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     steps = response(app, near=near)
     near.sendall(next(steps))
     assert far.recv(10) == b"a\n"
@@ -517,7 +521,7 @@ def properties(**fields: Any) -> BasicProperties:
 def test_a_message_is_told_once_it_is_acknowledged_and_leads_back_to_its_post(
     app: Any, broker: FakeBroker, events: Events
 ) -> None:
-    broker.queue = [b"secret"]
+    broker.waiting = [b"secret"]
     broker.properties = properties(message_id="m", headers={"X-Request-Id": "posted"})
     steps = response(app, "/receive")
     next(steps)
@@ -541,7 +545,7 @@ def test_a_message_is_told_once_it_is_acknowledged_and_leads_back_to_its_post(
 def test_a_message_that_its_client_did_not_take_is_told_with_a_warning(
     app: Any, broker: FakeBroker, events: Events, taken: int
 ) -> None:
-    broker.queue = [b"secret"]
+    broker.waiting = [b"secret"]
     broker.properties = properties(message_id="m")
     steps = response(app)
     for _ in range(taken):
@@ -593,7 +597,7 @@ def test_only_a_bounded_text_of_another_program_s_message_is_told(
     headers: Any,
     told: dict[str, str],
 ) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     broker.properties = properties(message_id=message_id, headers=headers)
     assert client.get("/receive").data == b"a\n"
     (event,) = events
@@ -602,7 +606,7 @@ def test_only_a_bounded_text_of_another_program_s_message_is_told(
 
 
 def test_many_messages_are_one_event(app: Any, broker: FakeBroker, events: Events) -> None:
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     broker.properties = properties(message_id="m")
     list(response(app, "/receive?max=9"))
     (event,) = events
@@ -622,7 +626,7 @@ def receipts(answer: TestResponse) -> list[str]:
 @pytest.fixture
 def leased(client: FlaskClient, broker: FakeBroker) -> list[str]:
     """The receipts of three messages."""
-    broker.queue = [b"a", b"b", b"c"]
+    broker.waiting = [b"a", b"b", b"c"]
     return receipts(client.get("/receive?ack=manual&max=3"))
 
 
@@ -632,7 +636,7 @@ def leased(client: FlaskClient, broker: FakeBroker) -> list[str]:
 def test_a_leased_message_has_a_receipt_and_is_off_the_queue_once_it_was_used(
     client: FlaskClient, broker: FakeBroker, query: str, accept: str
 ) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     answer = client.get(f"/receive?ack=manual{query}", headers={"Accept": accept})
     assert ("X-Receipt" in answer.headers) == (answer.mimetype == "text/plain")
     (receipt,) = receipts(answer)
@@ -645,7 +649,7 @@ def test_a_leased_message_has_a_receipt_and_is_off_the_queue_once_it_was_used(
 def test_a_message_that_is_not_leased_has_no_receipt(
     client: FlaskClient, broker: FakeBroker
 ) -> None:
-    broker.queue = [b"a"] * 2
+    broker.waiting = [b"a"] * 2
     answer = client.get("/receive", headers={"Accept": "application/json"})
     assert "receipt" not in (answer.json or {})
     assert "X-Receipt" not in client.get("/receive").headers
@@ -739,7 +743,7 @@ def test_what_changes_something_is_not_a_get(client: FlaskClient, path: str) -> 
 
 
 def test_what_was_not_written_is_leased_to_nobody(app: Any, broker: FakeBroker) -> None:
-    broker.queue = [b"a", b"b"]
+    broker.waiting = [b"a", b"b"]
     before = MEMORY.held
     steps = response(app, "/receive?max=9&ack=manual")
     (piece,) = [next(steps)]
@@ -761,7 +765,7 @@ def test_what_was_not_written_is_leased_to_nobody(app: Any, broker: FakeBroker) 
 def test_a_message_that_could_not_be_told_goes_to_the_next_client(
     client: FlaskClient, broker: FakeBroker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    broker.queue = [b"a"]
+    broker.waiting = [b"a"]
     monkeypatch.setattr(Parcel, "_make_headers", lambda *_: 1 / 0)
     assert client.get(path).status_code == 500
     assert broker.released == [b"a"]
@@ -789,7 +793,7 @@ def unread(steps: Any) -> None:
 def test_only_some_batches_are_made_at_a_time(
     app: Any, broker: FakeBroker, end: Callable[[Any], None], ack: str
 ) -> None:
-    broker.queue = [b"a"] * 100
+    broker.waiting = [b"a"] * 100
     path = f"/receive?max=2&ack={ack}"
     under_way = [response(app, path) for _ in range(MAX_BATCHES)]
     more = [gevent.spawn(response, app, path) for _ in range(2)]
@@ -809,7 +813,7 @@ def test_only_some_batches_are_made_at_a_time(
 def test_a_batch_that_fails_gives_back_its_place_and_its_messages(
     app: Any, broker: FakeBroker, error: Exception, status: int
 ) -> None:
-    broker.queue = [b"a"] * 100
+    broker.waiting = [b"a"] * 100
     broker.error = error
     for number in range(2 * MAX_BATCHES):
         with gevent.Timeout(2):
@@ -883,7 +887,7 @@ def test_a_bad_number_of_dead_messages_is_refused(dead: FakeDead, app: Any, valu
 
 
 def test_the_dead_queue_is_shown_like_a_batch(dead: FakeDead, app: Any, broker: FakeBroker) -> None:
-    broker.queue = [b"a"] * 100
+    broker.waiting = [b"a"] * 100
     under_way = [response(app, "/receive?max=2") for _ in range(MAX_BATCHES)]
     look = gevent.spawn(app.test_client().get, "/dead")
     gevent.idle()

@@ -22,24 +22,25 @@ from pika.spec import Basic, BasicProperties
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.line import Waiter
+from subscriber.queue import Queue
 from subscriber.settings import Settings
 
 from .conftest import Message, Rabbit, Wire, asked
 
 # Requests that wait for a moment only.
 hasty = pytest.mark.parametrize("receive_timeout", [0.05])
-Settle = Callable[[Broker, list[Delivery]], None]
+Settle = Callable[[Queue, list[Delivery]], None]
 SETTLED = (Basic.Ack, Basic.Reject, Basic.Cancel)
 SETTLE: list[Settle] = [
-    Broker.ack,
-    lambda broker, deliveries: broker.reject(deliveries, True),
-    lambda broker, deliveries: broker.reject(deliveries, False),
+    Queue.ack,
+    lambda queue, deliveries: queue.reject(deliveries, True),
+    lambda queue, deliveries: queue.reject(deliveries, False),
 ]
 
 
-def ask(broker: Broker, *args: Any, **kwargs: Any) -> Greenlet:
+def ask(queue: Queue, *args: Any, **kwargs: Any) -> Greenlet:
     """Start a request; on return it waits or has its answer."""
-    request = gevent.spawn(broker.get, *args, **kwargs)
+    request = gevent.spawn(queue.get, *args, **kwargs)
     gevent.idle()
     return request
 
@@ -53,8 +54,8 @@ def bodies(request: Greenlet) -> list[bytes]:
     return [delivery.body for delivery in result(request)]
 
 
-def take(broker: Broker, wire: Wire, want: int = 1) -> list[Delivery]:
-    request = ask(broker, want)
+def take(queue: Queue, wire: Wire, want: int = 1) -> list[Delivery]:
+    request = ask(queue, want)
     wire.answer()
     return result(request)
 
@@ -89,18 +90,16 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
 @pytest.mark.parametrize("patient", [0, 1, 2])
 def test_requests_get_messages_in_the_order_of_asking(
-    broker: Broker, rabbit: Rabbit, wire: Wire, patient: int
+    queue: Queue, rabbit: Rabbit, wire: Wire, patient: int
 ) -> None:
     rabbit.publish(b"a", b"b", b"c")
-    requests = [ask(broker, wait=9 * (number == patient)) for number in range(3)]
+    requests = [ask(queue, wait=9 * (number == patient)) for number in range(3)]
     wire.answer()
     assert [bodies(request) for request in requests] == [[b"a"], [b"b"], [b"c"]]
 
 
-def test_one_empty_answer_serves_all_who_waited_when_it_was_asked(
-    broker: Broker, wire: Wire
-) -> None:
-    first, *others = [ask(broker) for _ in range(3)]
+def test_one_empty_answer_serves_all_who_waited_when_it_was_asked(queue: Queue, wire: Wire) -> None:
+    first, *others = [ask(queue) for _ in range(3)]
     wire.answer(1)
     assert result(first) == []
     assert not any(request.ready() for request in others)
@@ -111,11 +110,11 @@ def test_one_empty_answer_serves_all_who_waited_when_it_was_asked(
 
 @pytest.mark.parametrize("published", [[], [b"new"]])
 def test_a_request_is_not_told_empty_by_an_answer_to_an_earlier_question(
-    broker: Broker, rabbit: Rabbit, wire: Wire, published: list[bytes]
+    queue: Queue, rabbit: Rabbit, wire: Wire, published: list[bytes]
 ) -> None:
-    early = ask(broker)
+    early = ask(queue)
     rabbit.publish(*published)
-    late = ask(broker)
+    late = ask(queue)
     wire.answer(1)
     assert result(early) == []
     assert not late.ready()
@@ -128,15 +127,15 @@ def test_a_request_is_not_told_empty_by_an_answer_to_an_earlier_question(
 
 @pytest.mark.parametrize("settle", SETTLE)
 def test_what_is_settled_during_a_burst_brings_no_more_than_was_asked_for(
-    broker: Broker, rabbit: Rabbit, wire: Wire, settle: Settle
+    queue: Queue, rabbit: Rabbit, wire: Wire, settle: Settle
 ) -> None:
     rabbit.publish(*[b"%d" % number for number in range(9)])
-    taken = take(broker, wire)
-    requests = [gevent.spawn(broker.get) for _ in range(5)]
+    taken = take(queue, wire)
+    requests = [gevent.spawn(queue.get) for _ in range(5)]
     for request in requests[:-1]:
         while not request.ready():
             wire.answer(1)
-        settle(broker, taken)
+        settle(queue, taken)
         taken = result(request)
         assert acks(wire) == rejects(wire) == []
     wire.answer()
@@ -144,25 +143,25 @@ def test_what_is_settled_during_a_burst_brings_no_more_than_was_asked_for(
     assert asked(wire) == [1, 5]
     settled = [one for write in wire.writes for one in write if isinstance(one, SETTLED)]
     assert isinstance(settled[0], Basic.Cancel)
-    assert len(settled) == (2 if settle is Broker.ack else 5)
+    assert len(settled) == (2 if settle is Queue.ack else 5)
     assert rabbit.bodies()[-3:] == [b"6", b"7", b"8"], "the consumer brought no more"
 
 
 def test_a_burst_begins_when_the_consumer_of_the_last_one_is_gone(
-    broker: Broker, rabbit: Rabbit, wire: Wire
+    queue: Queue, rabbit: Rabbit, wire: Wire
 ) -> None:
     rabbit.publish(*[b"%d" % number for number in range(20)])
-    taken = take(broker, wire)
-    requests = [gevent.spawn(broker.get) for _ in range(5)]
+    taken = take(queue, wire)
+    requests = [gevent.spawn(queue.get) for _ in range(5)]
     while not requests[-1].ready():
         wire.answer(1)
-    batch = ask(broker, 5)
+    batch = ask(queue, 5)
     assert asked(wire) == [1, 5]
     while not batch.ready():
         assert acks(wire) == []
         wire.answer(1)
         if len(asked(wire)) > 2:
-            broker.ack(taken)
+            queue.ack(taken)
     assert asked(wire) == [1, 5, 5]
     wire.answer()
     assert acks(wire) == [[(1, True)]]
@@ -184,7 +183,7 @@ def test_a_burst_begins_when_the_consumer_of_the_last_one_is_gone(
 )
 @pytest.mark.parametrize("released", [0, 1, 3])
 def test_a_batch_takes_what_is_wanted_fits_and_is_there(
-    broker: Broker,
+    queue: Queue,
     rabbit: Rabbit,
     wire: Wire,
     released: int,
@@ -195,27 +194,27 @@ def test_a_batch_takes_what_is_wanted_fits_and_is_there(
 ) -> None:
     rabbit.publish(b"a", b"b", b"c")
     if released:
-        broker.release(take(broker, wire, released))
+        queue.release(take(queue, wire, released))
     channel: Any = None
     size = Delivery(1, b"x", BasicProperties(), channel).size
-    batch = ask(broker, want, room * size)
+    batch = ask(queue, want, room * size)
     wire.answer()
     assert b"".join(bodies(batch)) == found
-    assert b"".join(one.body for one in take(broker, wire)) == next_found
+    assert b"".join(one.body for one in take(queue, wire)) == next_found
 
 
 def test_a_batch_whose_connection_is_lost_fails_and_its_messages_come_again(
-    broker: Broker, rabbit: Rabbit, wire: Wire
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire
 ) -> None:
     rabbit.publish(b"a", b"b", b"c")
-    batch = ask(broker, 5)
+    batch = ask(queue, 5)
     wire.answer(2)
     broker.lost("gone")
     wire.lose()
     with pytest.raises(BrokerUnavailable, match="gone"):
         result(batch)
-    wire = rabbit.connect(broker)
-    assert [one.body for one in take(broker, wire, 3)] == [b"a", b"b", b"c"]
+    wire = rabbit.connect(broker, queue)
+    assert [one.body for one in take(queue, wire, 3)] == [b"a", b"b", b"c"]
     assert asked(wire) == [1, 1, 1], "only the new request's messages are wanted"
 
 
@@ -245,10 +244,10 @@ class Raw(BasicProperties):
     ],
 )
 def test_a_message_is_handed_out_whatever_is_in_its_headers(
-    broker: Broker, rabbit: Rabbit, wire: Wire, value: bytes, told: int | None
+    queue: Queue, rabbit: Rabbit, wire: Wire, value: bytes, told: int | None
 ) -> None:
     rabbit.queues["takeaway"].append(Message(b"a", Raw(value)))
-    (delivery,) = take(broker, wire)
+    (delivery,) = take(queue, wire)
     assert delivery.body == b"a"
     assert told in (None, delivery.properties.headers["h"])
 
@@ -256,14 +255,14 @@ def test_a_message_is_handed_out_whatever_is_in_its_headers(
 # What was given back.
 
 
-def test_released_messages_go_first_and_sorted(broker: Broker, rabbit: Rabbit, wire: Wire) -> None:
+def test_released_messages_go_first_and_sorted(queue: Queue, rabbit: Rabbit, wire: Wire) -> None:
     rabbit.publish(b"a", b"b", b"c", b"d")
-    a, b, c = take(broker, wire, 3)
+    a, b, c = take(queue, wire, 3)
     assert not a.redelivered
-    broker.release([c])
-    broker.release([b, a])
+    queue.release([c])
+    queue.release([b, a])
     before = len(asked(wire))
-    deliveries = [one for _ in range(3) for one in result(ask(broker))]
+    deliveries = [one for _ in range(3) for one in result(ask(queue))]
     assert [(one.body, one.redelivered) for one in deliveries] == [
         (text, True) for text in (b"a", b"b", b"c")
     ]
@@ -274,29 +273,29 @@ def test_released_messages_go_first_and_sorted(broker: Broker, rabbit: Rabbit, w
 @pytest.mark.parametrize("wait", [0, 9])
 @pytest.mark.parametrize("queued", [[], [b"c"]])
 def test_messages_released_while_requests_wait_go_to_them_in_order(
-    broker: Broker, rabbit: Rabbit, wire: Wire, wait: int, queued: list[bytes]
+    queue: Queue, rabbit: Rabbit, wire: Wire, wait: int, queued: list[bytes]
 ) -> None:
     rabbit.publish(b"a", b"b", *queued)
-    deliveries = take(broker, wire, 2)
-    waiting = [ask(broker, wait=wait) for _ in range(2)]
-    broker.release(reversed(deliveries))
+    deliveries = take(queue, wire, 2)
+    waiting = [ask(queue, wait=wait) for _ in range(2)]
+    queue.release(reversed(deliveries))
     assert [bodies(request) for request in waiting] == [[b"a"], [b"b"]]
     wire.answer()
-    assert [one.body for one in take(broker, wire)] == queued
+    assert [one.body for one in take(queue, wire)] == queued
 
 
 @hasty
 def test_a_message_that_comes_for_a_request_that_gave_up_is_held(
-    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    queue: Queue, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The request gives up; the broker is not silent for long enough.
     monkeypatch.setattr("subscriber.fetch.time", SimpleNamespace(monotonic=lambda: 1.0))
     rabbit.publish(b"a")
-    quitter = ask(broker)
+    quitter = ask(queue)
     with pytest.raises(BrokerUnavailable):
         result(quitter)
     wire.answer()
-    assert bodies(ask(broker)) == [b"a"]
+    assert bodies(ask(queue)) == [b"a"]
     assert asked(wire) == [1]
 
 
@@ -321,7 +320,7 @@ def test_a_message_that_comes_for_a_request_that_gave_up_is_held(
     ],
 )
 def test_acknowledgements_are_joined_where_nothing_unsettled_lies_below(
-    broker: Broker,
+    queue: Queue,
     rabbit: Rabbit,
     wire: Wire,
     rejected: list[int],
@@ -329,12 +328,12 @@ def test_acknowledgements_are_joined_where_nothing_unsettled_lies_below(
     sent: list[list[tuple[int, bool]]],
 ) -> None:
     rabbit.publish(b"1", b"2", b"3", b"4")
-    by_tag = {one.tag: one for one in take(broker, wire, 4)}
-    broker.reject([by_tag[tag] for tag in rejected], False)
+    by_tag = {one.tag: one for one in take(queue, wire, 4)}
+    queue.reject([by_tag[tag] for tag in rejected], False)
     gevent.idle()
     for tags in turns:
         for tag in tags:
-            broker.ack([by_tag[tag]])
+            queue.ack([by_tag[tag]])
         gevent.idle()
     assert acks(wire) == sent
     settled = {tag for tags in turns for tag in tags}.difference(rejected)
@@ -343,29 +342,29 @@ def test_acknowledgements_are_joined_where_nothing_unsettled_lies_below(
 
 @pytest.mark.parametrize("requeue", [False, True])
 def test_rejections_are_sent_in_the_queue_s_order(
-    broker: Broker, rabbit: Rabbit, wire: Wire, requeue: bool
+    queue: Queue, rabbit: Rabbit, wire: Wire, requeue: bool
 ) -> None:
     rabbit.publish(b"a", b"b", b"c", b"d")
-    a, b, c = take(broker, wire, 3)
-    broker.reject([c, a, b], requeue)
-    broker.reject([b], requeue)
+    a, b, c = take(queue, wire, 3)
+    queue.reject([c, a, b], requeue)
+    queue.reject([b], requeue)
     assert rejects(wire) == [[(1, requeue), (2, requeue), (3, requeue)]]
     assert rabbit.bodies("takeaway.dead") == ([] if requeue else [b"a", b"b", b"c"])
-    again = take(broker, wire, 9)
+    again = take(queue, wire, 9)
     assert [one.body for one in again] == ([b"a", b"b", b"c", b"d"] if requeue else [b"d"])
     assert again[0].redelivered is requeue
 
 
 def test_what_is_settled_in_one_turn_is_sent_in_one_piece(
-    broker: Broker, rabbit: Rabbit, wire: Wire
+    queue: Queue, rabbit: Rabbit, wire: Wire
 ) -> None:
     rabbit.publish(b"1", b"2", b"3", b"4", b"5")
-    one, two, three, four, five = take(broker, wire, 5)
+    one, two, three, four, five = take(queue, wire, 5)
     before = len(wire.writes)
-    broker.reject([five], True)
-    broker.ack([four, one])
-    broker.reject([three], False)
-    broker.ack([two])
+    queue.reject([five], True)
+    queue.ack([four, one])
+    queue.reject([three], False)
+    queue.ack([two])
     gevent.idle()
     assert len(wire.writes) == before + 1
     assert acks(wire) == [[(2, True), (4, False)]]
@@ -375,28 +374,28 @@ def test_what_is_settled_in_one_turn_is_sent_in_one_piece(
 @pytest.mark.parametrize("first", SETTLE)
 @pytest.mark.parametrize("second", SETTLE)
 def test_a_message_can_be_settled_once(
-    broker: Broker, rabbit: Rabbit, wire: Wire, first: Settle, second: Settle
+    queue: Queue, rabbit: Rabbit, wire: Wire, first: Settle, second: Settle
 ) -> None:
     rabbit.publish(b"a")
-    deliveries = take(broker, wire)
-    first(broker, deliveries)
-    assert not broker.holds(deliveries[0])
-    second(broker, deliveries)
-    broker.release(deliveries)
+    deliveries = take(queue, wire)
+    first(queue, deliveries)
+    assert not queue.holds(deliveries[0])
+    second(queue, deliveries)
+    queue.release(deliveries)
     gevent.idle()
-    second(broker, deliveries)
+    second(queue, deliveries)
     gevent.idle()
     assert sum(len(one) for one in acks(wire) + rejects(wire)) == 1
-    assert not ask(broker).ready(), "nothing is held for the next"
+    assert not ask(queue).ready(), "nothing is held for the next"
 
 
 # Long polls.
 
 
 def test_a_long_poll_gets_a_message_by_the_next_look(
-    broker: Broker, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
+    queue: Queue, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
 ) -> None:
-    waiting = ask(broker, wait=9)
+    waiting = ask(queue, wait=9)
     wire.answer()
     rabbit.publish(b"a")
     assert not waiting.ready()
@@ -408,13 +407,13 @@ def test_a_long_poll_gets_a_message_by_the_next_look(
 
 @pytest.mark.parametrize("published", [[], [b"a"]])
 def test_a_long_poll_is_told_empty_only_by_a_question_after_its_time_was_up(
-    broker: Broker,
+    queue: Queue,
     rabbit: Rabbit,
     wire: Wire,
     looks: list[Callable[[], object]],
     published: list[bytes],
 ) -> None:
-    waiting = ask(broker, wait=0.1)
+    waiting = ask(queue, wait=0.1)
     wire.answer()
     looks.pop()()
     gevent.sleep(0.11)
@@ -428,11 +427,11 @@ def test_a_long_poll_is_told_empty_only_by_a_question_after_its_time_was_up(
 
 
 def test_the_queue_is_looked_into_only_while_somebody_waits(
-    broker: Broker, wire: Wire, looks: list[Callable[[], object]]
+    queue: Queue, wire: Wire, looks: list[Callable[[], object]]
 ) -> None:
-    assert take(broker, wire) == []
+    assert take(queue, wire) == []
     assert looks == []
-    waiting = ask(broker, wait=0.05)
+    waiting = ask(queue, wait=0.05)
     wire.answer()
     assert len(looks) == 1
     gevent.sleep(0.06)
@@ -445,9 +444,9 @@ def test_the_queue_is_looked_into_only_while_somebody_waits(
 
 
 def test_a_thousand_long_polls_cost_one_question_a_look(
-    broker: Broker, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
+    queue: Queue, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
 ) -> None:
-    requests = [gevent.spawn(broker.get, wait=9) for _ in range(1000)]
+    requests = [gevent.spawn(queue.get, wait=9) for _ in range(1000)]
     wire.answer()
     for _ in range(3):
         (look,) = looks
@@ -465,21 +464,21 @@ def test_a_thousand_long_polls_cost_one_question_a_look(
 
 
 def test_a_request_that_does_not_wait_is_told_empty_beside_long_polls(
-    broker: Broker, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
+    queue: Queue, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
 ) -> None:
-    waiting = ask(broker, wait=9)
+    waiting = ask(queue, wait=9)
     wire.answer()
-    assert take(broker, wire) == []
+    assert take(queue, wire) == []
     rabbit.publish(b"a")
-    assert take(broker, wire) == [], "the long poll asked first"
+    assert take(queue, wire) == [], "the long poll asked first"
     assert bodies(waiting) == [b"a"]
     assert len(looks) == 1
 
 
 def test_at_the_end_long_polls_get_what_there_is_and_go(
-    broker: Broker, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire, looks: list[Callable[[], object]]
 ) -> None:
-    requests = [ask(broker, wait=9) for _ in range(3)]
+    requests = [ask(queue, wait=9) for _ in range(3)]
     wire.answer()
     rabbit.publish(b"a")
     broker.finish()
@@ -488,9 +487,9 @@ def test_at_the_end_long_polls_get_what_there_is_and_go(
     assert len(looks) == 1
 
 
-def test_after_the_end_has_begun_no_request_waits(broker: Broker, wire: Wire) -> None:
+def test_after_the_end_has_begun_no_request_waits(broker: Broker, queue: Queue, wire: Wire) -> None:
     broker.finish()
-    waiting = ask(broker, wait=9)
+    waiting = ask(queue, wait=9)
     wire.answer()
     assert waiting.ready()
 
@@ -501,9 +500,9 @@ def test_after_the_end_has_begun_no_request_waits(broker: Broker, wire: Wire) ->
 @hasty
 @pytest.mark.parametrize("wait", [0, 9])
 def test_a_silent_broker_is_given_up_and_fails_every_request(
-    broker: Broker, wire: Wire, wait: int
+    broker: Broker, queue: Queue, wire: Wire, wait: int
 ) -> None:
-    requests = [gevent.spawn(broker.get, wait=wait) for _ in range(100)]
+    requests = [gevent.spawn(queue.get, wait=wait) for _ in range(100)]
     for request in requests:
         with pytest.raises(BrokerUnavailable):
             result(request)
@@ -513,12 +512,12 @@ def test_a_silent_broker_is_given_up_and_fails_every_request(
 
 @hasty
 def test_a_broker_that_answers_others_is_not_silent(
-    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1.0, monotonic=lambda: clock.now)
     monkeypatch.setattr("subscriber.fetch.time", clock)
     rabbit.publish(b"a", b"b")
-    first, second = ask(broker), ask(broker)
+    first, second = ask(queue), ask(queue)
     clock.now = 100
     wire.answer(1)
     assert bodies(first) == [b"a"]
@@ -530,93 +529,94 @@ def test_a_broker_that_answers_others_is_not_silent(
 
 @hasty
 def test_a_batch_that_waits_too_long_for_the_rest_goes_with_what_it_has(
-    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    queue: Queue, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1.0, monotonic=lambda: clock.now)
     monkeypatch.setattr("subscriber.fetch.time", clock)
     rabbit.publish(b"a", b"b")
-    batch = ask(broker, 3)
+    batch = ask(queue, 3)
     clock.now = 100
     wire.answer(1)
     assert bodies(batch) == [b"a"]
     wire.answer()
-    assert bodies(ask(broker)) == [b"b"]
+    assert bodies(ask(queue)) == [b"b"]
 
 
 def test_a_lost_connection_fails_who_waits_and_then_everybody_at_once(
-    broker: Broker, wire: Wire
+    broker: Broker, queue: Queue, wire: Wire
 ) -> None:
-    requests = [ask(broker, wait=wait) for wait in (0, 0, 9)]
+    requests = [ask(queue, wait=wait) for wait in (0, 0, 9)]
     broker.lost("gone")
     for request in requests:
         with pytest.raises(BrokerUnavailable, match="gone"):
             result(request)
     with pytest.raises(BrokerUnavailable, match="not connected"):
-        broker.get()
+        queue.get()
     assert asked(wire) == [1]
 
 
-@pytest.mark.parametrize("settle", [*SETTLE, Broker.release])
+@pytest.mark.parametrize("settle", [*SETTLE, Queue.release])
 def test_a_delivery_of_a_lost_connection_is_not_settled_on_the_next(
-    broker: Broker, rabbit: Rabbit, wire: Wire, settle: Settle
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire, settle: Settle
 ) -> None:
     rabbit.publish(b"a", b"b", b"c")
-    old, held, late = take(broker, wire, 3)
-    broker.release([held])
-    settle(broker, [late])  # in the same turn
+    old, held, late = take(queue, wire, 3)
+    queue.release([held])
+    settle(queue, [late])  # in the same turn
     broker.lost("gone")
     wire.lose()
-    settle(broker, [old])  # while there is no connection
-    renewed = rabbit.connect(broker)
-    deliveries = take(broker, renewed, 3)
-    settle(broker, [old])
+    settle(queue, [old])  # while there is no connection
+    renewed = rabbit.connect(broker, queue)
+    deliveries = take(queue, renewed, 3)
+    settle(queue, [old])
     assert [(one.tag, one.body) for one in deliveries] == [(1, b"a"), (2, b"b"), (3, b"c")]
-    assert [broker.holds(one) for one in (old, *deliveries)] == [False, True, True, True]
-    broker.ack(deliveries[1:2])
+    assert [queue.holds(one) for one in (old, *deliveries)] == [False, True, True, True]
+    queue.ack(deliveries[1:2])
     assert acks(renewed) == [[(2, False)]]
     assert acks(wire) == rejects(wire) == rejects(renewed) == []
 
 
 def test_a_channel_that_cannot_be_written_to_is_given_up(
-    broker: Broker, wire: Wire, monkeypatch: pytest.MonkeyPatch
+    broker: Broker, queue: Queue, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def closed(_method: object) -> None:
         raise ChannelWrongStateError("closed")
 
-    monkeypatch.setattr(broker.channel, "_send_method", closed)
+    monkeypatch.setattr(queue.channel, "_send_method", closed)
     with pytest.raises(BrokerUnavailable, match="closed"):
-        result(ask(broker))
-    assert not broker.up
-    assert wire.cut
+        result(ask(queue))
+    assert broker.up
+    assert not wire.cut
+    assert take(queue, wire) == [], "the next request has a new one"
 
 
 @pytest.mark.parametrize("settle", [*SETTLE, None])
 def test_a_connection_that_ended_a_moment_ago_is_given_up_without_an_error(
-    broker: Broker, rabbit: Rabbit, wire: Wire, settle: Settle | None
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire, settle: Settle | None
 ) -> None:
     rabbit.publish(b"a")
-    deliveries = take(broker, wire)
+    deliveries = take(queue, wire)
     wire.lose()
     if settle:
-        settle(broker, deliveries)
+        settle(queue, deliveries)
         gevent.idle()
     else:
         with pytest.raises(BrokerUnavailable):
-            result(ask(broker))
+            result(ask(queue))
     assert not broker.up
 
 
 def test_a_missing_queue_is_the_reason_that_requests_get(
-    broker: Broker, rabbit: Rabbit, wire: Wire
+    broker: Broker, queue: Queue, rabbit: Rabbit, wire: Wire
 ) -> None:
     del rabbit.queues["takeaway"]
-    requests = [ask(broker), ask(broker, wait=9)]
+    requests = [ask(queue), ask(queue, wait=9)]
     wire.answer()
     for request in requests:
         with pytest.raises(BrokerUnavailable, match="no queue 'takeaway'"):
             result(request)
-    assert not broker.up
-    assert wire.cut
+    assert broker.up
+    assert not wire.cut
 
 
 def test_any_exception_while_connecting_is_followed_by_another_attempt(
@@ -643,6 +643,7 @@ def test_any_exception_while_connecting_is_followed_by_another_attempt(
 @pytest.mark.parametrize("acknowledged", [[], [b"a"]])
 def test_at_the_end_the_broker_has_time_to_take_the_acknowledgements(
     broker: Broker,
+    queue: Queue,
     rabbit: Rabbit,
     wire: Wire,
     monkeypatch: pytest.MonkeyPatch,
@@ -653,7 +654,7 @@ def test_at_the_end_the_broker_has_time_to_take_the_acknowledgements(
     monkeypatch.setattr(gevent, "sleep", lambda seconds: steps.append(round(seconds)))
     monkeypatch.setattr(wire.connection, "close", lambda: steps.append("closed"))
     rabbit.publish(b"a", b"b")
-    broker.ack(take(broker, wire)[: len(acknowledged)])
+    queue.ack(take(queue, wire)[: len(acknowledged)])
     broker.stop()
     assert rabbit.acked == acknowledged
     assert steps == [7 if acknowledged else 0, "closed"]
@@ -661,16 +662,21 @@ def test_at_the_end_the_broker_has_time_to_take_the_acknowledgements(
 
 @pytest.mark.parametrize("more", [[], [b"new"]])
 def test_at_the_end_a_burst_under_way_holds_no_acknowledgement_back(
-    broker: Broker, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch, more: list[bytes]
+    broker: Broker,
+    queue: Queue,
+    rabbit: Rabbit,
+    wire: Wire,
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[bytes],
 ) -> None:
     monkeypatch.setattr("subscriber.broker.SETTLE", 0.1)
     monkeypatch.setattr("subscriber.fetch.BURST_TIMEOUT", 9)
     rabbit.publish(*[b"%d" % number for number in range(20)])
-    taken = take(broker, wire)
-    ask(broker, 9)
+    taken = take(queue, wire)
+    ask(queue, 9)
     del rabbit.queues["takeaway"][2:]  # before the consumer has begun
     wire.answer()
-    broker.ack(taken)
+    queue.ack(taken)
     assert (asked(wire), acks(wire)) == ([1, 9], [])
     rabbit.publish(*more)
     wire.prompt = True
@@ -727,8 +733,8 @@ class Interleavings:
                 return super().take(delivery)
 
         self.handed = handed
-        patch.setattr("subscriber.broker.Waiter", Spied)
-        for module in "broker", "fetch", "settle":
+        patch.setattr("subscriber.queue.Waiter", Spied)
+        for module in "broker", "fetch", "queue", "settle", "shared":
             patch.setattr(f"subscriber.{module}.time", self.clock)
         patch.setattr("subscriber.pace.LARGEST_BURST", 6)
         patch.setattr("subscriber.fetch.BURST_TIMEOUT", 0)
@@ -737,7 +743,8 @@ class Interleavings:
         )
         self.rabbit = Rabbit()
         self.broker = Broker(Settings(receive_timeout=1e9), Memory(2**40))
-        self.wire = self.rabbit.connect(self.broker)
+        self.queue = self.broker.queue("takeaway")
+        self.wire = self.rabbit.connect(self.broker, self.queue)
         self.published = 0
         self.elsewhere: list[bytes] = []
         self.requests: list[Request] = []
@@ -760,7 +767,7 @@ class Interleavings:
             deliveries: list[Delivery] = request.greenlet.value
             if len(deliveries) < request.want and not request.excused:
                 assert self.rabbit.empties > request.empties, "the queue was not empty"
-            held = {one.body for one in self.hands if self.broker.holds(one)}
+            held = {one.body for one in self.hands if self.queue.holds(one)}
             assert held.isdisjoint(one.body for one in deliveries), "two clients have it"
             self.hands += deliveries
         assert self.acked.issuperset(self.rabbit.acked), "nobody acknowledged it"
@@ -771,11 +778,11 @@ class Interleavings:
         self.finish()
         self.run_dry()
         assert self.requests == []
-        self.settle(10_000, Broker.ack)
+        self.settle(10_000, Queue.ack)
         for _ in range(2 + self.published // 9):
             self.request(9)
             self.run_dry()
-            self.settle(10_000, Broker.ack)
+            self.settle(10_000, Queue.ack)
         self.run_dry()
         dead = self.rabbit.bodies("takeaway.dead")
         ended = sorted(map(int, self.rabbit.acked + dead + self.elsewhere))
@@ -804,8 +811,11 @@ class Interleavings:
         self._request(1, wait=1e-9)
 
     def _request(self, want: int, wait: float) -> None:
-        greenlet = gevent.spawn(self.broker.get, want, wait=wait)
-        self.requests.append(Request(greenlet, want, wait > 0, self.rabbit.empties))
+        greenlet = gevent.spawn(self.queue.get, want, wait=wait)
+        request = Request(greenlet, want, wait > 0, self.rabbit.empties)
+        channel = self.queue.channel
+        request.excused = bool(channel and channel.channel_number in self.wire.peer.closing)
+        self.requests.append(request)
         gevent.sleep(0)
 
     def time_is_up(self, index: int) -> None:
@@ -833,9 +843,9 @@ class Interleavings:
         self.check()
         chosen = self.hands[:count] + self.hands[count + 1 :: 2]
         self.hands = self.hands[count : count + 1] + self.hands[count + 2 :: 2]
-        if how is Broker.ack:
+        if how is Queue.ack:
             self.acked |= {one.body for one in chosen}
-        how(self.broker, chosen[::-1])
+        how(self.queue, chosen[::-1])
 
     def finish(self) -> None:
         for request in self.requests:
@@ -843,12 +853,19 @@ class Interleavings:
                 request.patient, request.empties = False, self.rabbit.empties
         self.broker.finish()
 
+    def close_channel(self, _: int) -> None:
+        """Let the broker close the queue's channel, of which the next request may hear late."""
+        if channel := self.queue.channel:
+            self.wire.peer.close(channel.channel_number, 406, "PRECONDITION_FAILED - timeout")
+            for request in self.requests:
+                request.excused = True
+
     def lose(self, _: int) -> None:
         self.broker.lost("gone")
         self.wire.lose()
         for request in self.requests:
             request.excused = True
-        self.wire = self.rabbit.connect(self.broker)
+        self.wire = self.rabbit.connect(self.broker, self.queue)
 
 
 STEPS: list[Callable[[Interleavings, int], None]] = [
@@ -856,11 +873,12 @@ STEPS: list[Callable[[Interleavings, int], None]] = [
     *[Interleavings.request] * 3,
     Interleavings.long_poll,
     *[Interleavings.answer] * 5,
-    *[partial(Interleavings.settle, how=how) for how in (*SETTLE, Broker.release)],
+    *[partial(Interleavings.settle, how=how) for how in (*SETTLE, Queue.release)],
     Interleavings.time_is_up,
     Interleavings.timers_fire,
     Interleavings.others_take,
     Interleavings.lose,
+    Interleavings.close_channel,
 ]
 
 

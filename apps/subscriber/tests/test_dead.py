@@ -23,9 +23,14 @@ ASKS = [lambda dead: dead.look(9, 10_000), lambda dead: dead.redrive(9)]
 
 
 @pytest.fixture
+def wire(rabbit: Rabbit, broker: Broker) -> Wire:
+    return rabbit.connect(broker)
+
+
+@pytest.fixture
 def dead(broker: Broker, wire: Wire) -> Iterator[Dead]:
     wire.prompt = True
-    yield Dead(broker, Settings(receive_timeout=1))
+    yield Dead(broker, "takeaway", Settings(receive_timeout=1))
     assert open_channels(wire) == 1, "only the broker's own channel stays open"
 
 

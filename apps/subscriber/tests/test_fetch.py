@@ -13,8 +13,8 @@ from pika.channel import Channel
 from subscriber.delivery import OVERHEAD
 from subscriber.fetch import Fetch
 from subscriber.line import Line, Waiter
-from subscriber.settings import Settings
 from subscriber.settle import Settler
+from subscriber.shared import Polls, Shared
 
 from .conftest import Rabbit, Wire, asked
 
@@ -28,7 +28,8 @@ class Fetcher(Link):
         self.memory = Memory(8 * MIB)
         self.line = Line()
         self.settler = Settler(self)
-        self.fetch = Fetch(self, Settings(receive_timeout=1), self.memory, self.line, self.settler)
+        shared = Shared(self.memory, Polls(1))
+        self.fetch = Fetch(self, "takeaway", 1, shared, self.line, self.settler)
 
     def opened(self, channel: Channel) -> None:
         self.fetch.opened(channel)

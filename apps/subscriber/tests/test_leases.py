@@ -14,6 +14,7 @@ from pika.spec import Basic
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
 from subscriber.leases import LONGEST, Gone, Leases
+from subscriber.queue import Queue
 
 from .conftest import Rabbit, Wire
 
@@ -30,19 +31,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def leases(broker: Broker, clock: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leases]:  # noqa: ARG001
+def leases(queue: Queue, clock: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Leases]:  # noqa: ARG001
     monkeypatch.setattr("subscriber.leases.TICK", 0.001)
-    leases = Leases(broker, SECONDS, MEMORY)
+    leases = Leases(queue, SECONDS, MEMORY)
     yield leases
     if leases._keeper:
         leases._keeper.kill()
 
 
 @pytest.fixture
-def deliveries(broker: Broker, rabbit: Rabbit, wire: Wire, clock: Any) -> list[Delivery]:  # noqa: ARG001
+def deliveries(queue: Queue, rabbit: Rabbit, wire: Wire, clock: Any) -> list[Delivery]:  # noqa: ARG001
     """Three messages that a request has got."""
     rabbit.publish(b"a", b"b", b"c")
-    request = gevent.spawn(broker.get, 3)
+    request = gevent.spawn(queue.get, 3)
     wire.answer()
     found: list[Delivery] = request.get(timeout=2)
     return found
@@ -73,7 +74,7 @@ def test_a_receipt_takes_its_message_once(leases: Leases, deliveries: list[Deliv
     "bad", ["used", "forgotten", "expired", "of another instance", "of no instance"]
 )
 def test_with_one_bad_receipt_nothing_is_done_and_it_is_named(
-    broker: Broker,
+    queue: Queue,
     leases: Leases,
     deliveries: list[Delivery],
     clock: Any,
@@ -92,7 +93,7 @@ def test_with_one_bad_receipt_nothing_is_done_and_it_is_named(
     elif bad == "expired":
         clock.now += 1
     elif bad == "of another instance":
-        other = Leases(broker, SECONDS, MEMORY)
+        other = Leases(queue, SECONDS, MEMORY)
         receipt = other.grant(deliveries[0])
         other._keeper.kill()  # type: ignore[union-attr]
     with pytest.raises(Gone, match="1 of the receipts") as error:
@@ -102,7 +103,12 @@ def test_with_one_bad_receipt_nothing_is_done_and_it_is_named(
 
 
 def test_a_lost_connection_ends_its_leases(
-    broker: Broker, rabbit: Rabbit, wire: Wire, leases: Leases, deliveries: list[Delivery]
+    broker: Broker,
+    queue: Queue,
+    rabbit: Rabbit,
+    wire: Wire,
+    leases: Leases,
+    deliveries: list[Delivery],
 ) -> None:
     receipts = [leases.grant(one) for one in deliveries]
     broker.lost("gone")
@@ -112,8 +118,8 @@ def test_a_lost_connection_ends_its_leases(
             with pytest.raises(Gone) as error:
                 ask(receipts)
             assert error.value.details == {"gone": receipts}
-        wire = rabbit.connect(broker)
-        request = gevent.spawn(broker.get, 3)  # of which the new connection has the same tags
+        wire = rabbit.connect(broker, queue)
+        request = gevent.spawn(queue.get, 3)  # of which the new connection has the same tags
         wire.answer()
         assert [one.tag for one in request.get(timeout=2)] == [1, 2, 3]
         broker.lost("gone")
@@ -152,12 +158,12 @@ def test_no_extension_outlasts_the_broker_s_patience(
 
 
 def test_the_broker_s_patience_begins_with_the_delivery(
-    leases: Leases, broker: Broker, deliveries: list[Delivery], clock: Any
+    leases: Leases, queue: Queue, deliveries: list[Delivery], clock: Any
 ) -> None:
     came = clock.now
-    broker.release(deliveries)
+    queue.release(deliveries)
     clock.now += 200
-    again = gevent.spawn(broker.get).get(timeout=2)
+    again = gevent.spawn(queue.get).get(timeout=2)
     receipt = leases.grant(again[0])
     while clock.now < came + LONGEST:
         clock.now += SECONDS - 1
@@ -217,8 +223,8 @@ def test_a_lease_keeps_no_body(leases: Leases, deliveries: list[Delivery]) -> No
     assert [one.tag for one in leases.take(receipts)] == [1, 2, 3]
 
 
-def test_without_memory_there_is_no_lease(broker: Broker, deliveries: list[Delivery]) -> None:
+def test_without_memory_there_is_no_lease(queue: Queue, deliveries: list[Delivery]) -> None:
     memory = Memory(0)
     with pytest.raises(OutOfMemory):
-        Leases(broker, SECONDS, memory).grant(deliveries[0])
+        Leases(queue, SECONDS, memory).grant(deliveries[0])
     assert memory.held == 0
