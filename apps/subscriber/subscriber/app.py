@@ -55,7 +55,8 @@ def create_app(
     if sink is None:
         sink = events.start("subscriber", settings.events.host, settings.events.port)
     app = Flask("subscriber", static_folder=None)
-    door = Subscriber(broker, settings, memory)
+    topology = Topology(settings.queue, settings.queues_file)
+    door = Subscriber(broker, settings, memory, topology)
     routes = {
         ("GET", "/receive"): door.receive,
         ("POST", "/ack"): door.ack,
@@ -70,7 +71,7 @@ def create_app(
         ("GET", "/queues/{queue}/dead"): door.look,
         ("POST", "/queues/{queue}/dead/redrive"): door.redrive,
     }
-    equip(app, broker, sink, settings.access, routes)
+    equip(app, broker, sink, topology, routes)
 
     @app.get("/")
     def welcome() -> Response:
@@ -91,12 +92,14 @@ class Counter:
 class Subscriber:
     """What the door answers to each request."""
 
-    def __init__(self, broker: Broker, settings: Settings, memory: Memory) -> None:
-        """Answer with broker's messages."""
+    def __init__(
+        self, broker: Broker, settings: Settings, memory: Memory, topology: Topology
+    ) -> None:
+        """Answer with broker's messages of the queues of topology."""
         self._broker = broker
         self._settings = settings
         self._memory = memory
-        self._topology = Topology(settings.queue, settings.queues_file)
+        self._topology = topology
         # One that was removed from the file stays, for what was leased.
         self._counters: dict[str, Counter] = {}
         self._batches = BoundedSemaphore(MAX_BATCHES)
@@ -128,10 +131,14 @@ class Subscriber:
         call.event.fields |= many if kind == LINES else deliveries[0].origin
         return Answer(200, parcel.headers, Handover(parcel, call.client.socket, call.event))
 
-    def _counter(self, call: Call) -> Counter:
-        """Return what hands out the queue that call names; aborts with 404 without one."""
+    def _counter(self, call: Call, right: str = "receive") -> Counter:
+        """Return what hands out the queue that call names.
+
+        Aborts with 404 without such a queue, and with 403 for a client that has no right to it.
+        """
         name = self._topology.queue(call.name)
         call.event.fields["queue"] = name
+        call.by.check(right, name)
         counter = self._counters.get(name)
         if counter is None:
             queue = self._broker.queue(name)
@@ -180,7 +187,7 @@ class Subscriber:
 
     def look(self, call: Call) -> Answer:
         """Show messages of the dead queue."""
-        dead = self._counter(call).dead
+        dead = self._counter(call, "manage").dead
         most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=1)
         grant = call.client.grant
         before = grant.amount
@@ -197,7 +204,7 @@ class Subscriber:
 
     def redrive(self, call: Call) -> Answer:
         """Send messages of the dead queue back to where they came from."""
-        dead = self._counter(call).dead
+        dead = self._counter(call, "manage").dead
         most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
         return json_answer(200, {"redriven": dead.redrive(most)})
 

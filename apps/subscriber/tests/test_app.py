@@ -13,6 +13,7 @@ from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ import pytest
 from door import BrokerUnavailable
 from door.memory import Memory
 from door.server import CLIENT
-from door.settings import Access
 from flask.testing import FlaskClient
 from pika.spec import BasicProperties
 from prometheus_client import REGISTRY
@@ -200,14 +200,47 @@ def test_only_get_takes_a_message(client: FlaskClient, broker: FakeBroker, metho
     assert broker.asked == []
 
 
-def test_who_has_no_access_takes_no_message(broker: Any, events: Events) -> None:
-    broker.waiting = [b"a"]
-    access = Access(("Bearer secret",))
-    client = create_app(broker, Settings(access=access), MEMORY, events).test_client()
-    for path in "/receive", "/dead", "/ack", "/reject", "/extend", "/dead/redrive":
-        assert client.open(path, method="GET" if path in GETS else "POST").status_code == 401
-    assert broker.asked == []
-    assert client.get("/receive", headers={"Authorization": "Bearer secret"}).text == "a\n"
+RIGHTS = {
+    "messages": "receive",
+    "ack": "receive",
+    "reject": "receive",
+    "extend": "receive",
+    "dead": "manage",
+    "dead/redrive": "manage",
+}
+
+
+@pytest.mark.parametrize("right", ["send", "receive", "manage"])
+def test_a_client_does_only_what_it_has_the_right_for(
+    broker: Any, events: Events, tmp_path: Path, right: str
+) -> None:
+    broker.channel = None  # the dead queue cannot be reached
+    tokens = [sha256(b"t0ken").hexdigest()]
+    client = {"name": "shop", "tokens": tokens, "send": [], "receive": [], "manage": []}
+    told = {
+        "queues": ["takeaway", "orders"],
+        "topics": [],
+        "clients": [client | {right: ["takeaway"]}],
+    }
+    queues = tmp_path / "queues.json"
+    queues.write_text(json.dumps(told))
+    door = create_app(broker, Settings(queues_file=queues), MEMORY, events).test_client()
+    login = {"Authorization": "Bearer t0ken"}
+    for queue in "orders", "takeaway":
+        for path, needed in RIGHTS.items():
+            method = "GET" if path in ("messages", "dead") else "POST"
+            path = f"/queues/{queue}/{path}"
+            assert door.open(path, method=method).status_code == 401
+            answer = door.open(path, method=method, headers=login)
+            if (queue, needed) == ("takeaway", right):
+                assert answer.status_code in (200, 400, 503), path
+            else:
+                assert answer.status_code == 403
+                fault = f"The client 'shop' has no right to {needed}: {queue!r}."
+                assert answer.json == {"message": fault}
+    assert {event.get("client") for event in events if event["status"] == 403} == {"shop"}
+    for path, needed in ("/receive", "receive"), ("/dead", "manage"):
+        assert (door.get(path, headers=login).status_code == 403) == (needed != right)
 
 
 # How it is asked for.
