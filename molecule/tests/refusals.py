@@ -37,7 +37,37 @@ CASES = [
     ),
     (
         {"stack_bind_address": "0.0.0.0", "refused_by": ["apps"]},
-        ["stack_bind_address is 0.0.0.0", "apps_http_user"],
+        ["stack_bind_address is 0.0.0.0", "stack_clients"],
+    ),
+    (
+        {
+            "stack_clients": [
+                {"name": "admin", "send": ["nowhere"]},
+                {"name": "a/b", "receive": ["takeaway.dead"], "manage": ["nothing"]},
+            ],
+            "stack_queues": [{"name": "takeaway"}],
+            "refused_by": ["rabbitmq"],
+        },
+        [
+            "stack_clients has the name 'admin'",
+            "stack_clients has the name 'a/b'",
+            "admin: send has nowhere",
+            "a/b: receive has takeaway.dead",
+            "a/b: manage has nothing",
+        ],
+    ),
+    (
+        {"stack_clients": [{"name": "a", "recieve": []}], "refused_by": ["rabbitmq"]},
+        ["stack_clients.recieve", "receive"],
+    ),
+    ({"apps_http_user": "me"}, ["apps_http_user is gone; write stack_clients"]),
+    (
+        {
+            "stack_clients": [{"name": "short"}],
+            "stack_secrets_dir": "{{ inventory_dir }}/../bad/tokens",
+            "refused_by": ["apps"],
+        },
+        ["client_short has a token that is not of 20 ASCII characters or more"],
     ),
     (
         {"rabbitmq_host_name": "a.example", "rabbitmq_disk_free_limit": "two"},
@@ -324,6 +354,9 @@ def bad_files() -> Iterator[None]:
         (folder / "secrets" / name).write_text(text)
         (folder / "secrets" / name).chmod(0o600)
     os.chown(folder / "secrets/foreign", 1, 1)
+    (folder / "tokens").mkdir(exist_ok=True)
+    (folder / "tokens/client_short").write_text("short")
+    (folder / "tokens/client_short").chmod(0o600)
     yield
     shutil.rmtree(folder)
 

@@ -1,6 +1,5 @@
 """What the stack survives."""
 
-import json
 import time
 
 import pytest
@@ -91,61 +90,6 @@ def test_messages_survive_the_hosts_restart(stack: Stack) -> None:
     eventually(lambda: restarted(stack, before), 90, "the host brought every container back")
     # /tmp was emptied: the folder of the logs was made anew before the engine could do it, as root.
     assert stack.run("stat --format %%u %s", stack.vars["fluentd_log_dir"]).strip() == "999"
-
-
-def test_queues_come_and_go_beside_what_runs_and_one_with_messages_stays(stack: Stack) -> None:
-    stack.wait_until_ready()
-    before = stack.starts()
-    list_queues(stack, "extra", "full")
-    assert things(stack, "extra") == {
-        *("binding extra", "queue extra", "queue extra.dead"),
-        *("policy stack:extra", "policy stack:extra.dead"),
-    }
-    for door in "publisher", "subscriber":
-        told = stack.docker("exec", stack.container(door), "cat", "/run/secrets/queues.json")
-        assert {"extra", "full"} < {*json.loads(told)["queues"]}
-    assert stack.amqp("admin", "publish", stack.vars["stack_exchange"], "full") == "ok"
-
-    said = list_queues(stack)
-    assert things(stack, "extra") == set()
-    assert things(stack, "full") == {
-        *("queue full", "queue full.dead", "policy stack:full", "policy stack:full.dead")
-    }
-    assert "full (1 messages)" in said
-    assert "stack_queues_remove" in said
-
-    list_queues(stack, stack_queues_remove=["full"])
-    assert things(stack, "full") == set()
-    assert stack.starts() == before
-
-
-def list_queues(stack: Stack, *names: str, **variables: object) -> str:
-    """Run the playbook with queues of these names beside the others; what it says."""
-    queues = [*stack.vars["stack_queues"], *({"name": name, "max_length": 9} for name in names)]
-    given = json.dumps({"stack_queues": queues, **variables})
-    run = stack.playbook("site", "--tags", "rabbitmq,publisher,subscriber", "--extra-vars", given)
-    assert run.returncode == 0, run.stdout[-3000:]
-    # Ansible wraps long messages.
-    return " ".join(run.stdout.split())
-
-
-def things(stack: Stack, name: str) -> set[str]:
-    """Return what the broker has of the queue name: "binding full", "policy stack:full.dead"."""
-    told = stack.api("/definitions").json
-    names = {name, f"{name}.dead"}
-    return {
-        *(f"queue {one['name']}" for one in told["queues"] if one["name"] in names),
-        *(
-            f"policy {one['name']}"
-            for one in told["policies"]
-            if one["name"].removeprefix("stack:") in names
-        ),
-        *(
-            f"binding {one['destination']}"
-            for one in told["bindings"]
-            if one["destination"] in names
-        ),
-    }
 
 
 def restarted(stack: Stack, before: dict[str, str]) -> bool:

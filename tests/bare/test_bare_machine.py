@@ -368,8 +368,7 @@ OWN = {
             "group_by": ["alertname"],
             "group_wait": "1s",
         },
-        "apps_http_user": "me",
-        "apps_http_token": "token.secret",
+        "stack_clients": [{"name": "me", "receive": ["takeaway"]}],
     },
 }
 
@@ -408,13 +407,13 @@ def test_make_down_keeps_all_for_the_next_make_up_which_starts_the_engine_and_ta
     assert "Start the builds" not in output
     assert "RabbitMQ | Create the volume" not in output
     assert machine.run("head --verbose inventory/.secrets/broker/rabbitmq_*") == passwords
-    password = machine.run("cat inventory/.secrets/broker/http").strip()
+    token = machine.run("cat inventory/.secrets/broker/client_me").strip()
     shown = output + machine.run("docker inspect $(docker ps --quiet)")
-    for secret in ("own.secret", "token.secret", "changed-by-hand", password):
+    for secret in ("own.secret", "changed-by-hand", token):
         assert secret not in shown
 
     status = "curl --silent --output /dev/null --write-out '%{http_code}'"
-    given = (f"--user me:{password}", "--header 'Authorization: Bearer token.secret'")
+    given = (f"--user me:{token}", f"--header 'Authorization: Bearer {token}'")
     for door, path in ("localhost:5000/", ""), ("localhost:5001/", "receive"):
         assert machine.run(f"{status} {door}{path}") == "401"
         assert machine.run(f"{status} --user me:wrong {door}{path}") == "401"
