@@ -120,6 +120,10 @@ def test_queues_and_clients_come_and_go_beside_what_runs(stack: Stack) -> None:
         rights = {(right, name) for right in RIGHTS for name in client.get(right, [])}
         assert allowed(stack, str(client["name"])) == rights
     assert stack.receive().status == 401
+    ask(stack, token(stack, "shop"), "/queues/orders/messages", "POST")
+    lines = ask(stack, token(stack, "cook"), "/queues/orders/messages?max=100").text.splitlines()
+    last = json.loads(lines[-1])
+    assert (last["headers"]["X-Client"], last["user_id"]) == ("shop", "publisher")
     for action, names, outcome in BY_AMQP:
         found = stack.amqp("shop", action, *names, password=token(stack, "shop"))
         assert found == outcome, (action, names)

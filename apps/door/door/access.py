@@ -10,6 +10,11 @@ from werkzeug.exceptions import abort
 
 # What a client may do with a queue, or with a topic: send alone.
 RIGHTS = ("send", "receive", "manage")
+# The header of a message that names its client, as the publisher has it. Only a message that the
+# broker knows to be of one of DOORS, its users, is to be believed: AMQP clients write any header,
+# but no other user_id than their own (https://www.rabbitmq.com/docs/validated-user-id).
+CLIENT_HEADER = "X-Client"
+DOORS = ("publisher", "subscriber")
 # Values of the header Authorization that were let in, kept so that they are read once each.
 MAX_KNOWN = 10_000
 

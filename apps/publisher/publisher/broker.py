@@ -13,6 +13,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from door import BrokerUnavailable
+from door.access import CLIENT_HEADER
 from door.amqp import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties, Channel, Link, Method
 from door.metrics import BROKER_UP
 from gevent import get_hub
@@ -113,6 +114,7 @@ class Broker(Link):
         """Prepare for settings; nothing connects before start()."""
         super().__init__(settings.broker, "publisher")
         self._settings = settings
+        self._user = settings.broker.user
         self._blocked = False
         # Requests without a turn yet, and requests that have had one and have messages left.
         self._fresh: deque[_Sending] = deque()
@@ -269,6 +271,8 @@ class Broker(Link):
                 delivery_mode=PERSISTENT_DELIVERY_MODE,
                 message_id=message.id,
                 headers=message.headers,
+                # The word of the publisher, which the broker checks, for the client's name.
+                user_id=self._user if CLIENT_HEADER in message.headers else None,
             ),
             mandatory=True,
         )

@@ -15,6 +15,7 @@ from typing import NoReturn
 from urllib.parse import unquote_to_bytes
 
 from common.events import REQUEST_ID
+from door.access import CLIENT_HEADER
 from door.call import PIECE, SHORT, Call
 from gevent import sleep
 from werkzeug.exceptions import RequestEntityTooLarge, abort
@@ -44,8 +45,6 @@ MESSAGE = 512
 # Bytes of lines, LINE for each of them besides, that are read in one turn (some milliseconds).
 TURN, LINE = 256 * 1024, 1024
 MISSING = object()
-# The header of a message that names its client.
-CLIENT = "X-Client"
 FORM = "application/x-www-form-urlencoded"
 # What JSON writes with one or two bytes.
 PLAIN = bytes([*range(0x20, 0x7F), *b"\b\f\n\r\t"])
@@ -108,7 +107,7 @@ def raw_message(call: Call, limit: int) -> Message:
             abort(400, f"{name} must be ASCII, of {MAX_SHORT} characters at most.")
     if any(len(name) > MAX_SHORT for name in headers):
         abort(400, f"The name of a header must have {MAX_SHORT} characters at most.")
-    headers.pop(CLIENT, None)
+    headers.pop(CLIENT_HEADER, None)
     headers |= _origin(call)
     return Message(call.read(limit), message_id, content_type, headers, encoding)
 
@@ -149,7 +148,7 @@ def _origin(call: Call) -> dict[str, str]:
     """Return the headers that tell where a message is from; no client can set them itself."""
     headers = {REQUEST_ID: call.event.request_id}
     if call.by.name:
-        headers[CLIENT] = call.by.name
+        headers[CLIENT_HEADER] = call.by.name
     return headers
 
 

@@ -154,6 +154,15 @@ def test_publish_returns_only_after_the_confirm(make: Make) -> None:
     assert properties.headers == {"X-Request-Id": "r", "X-Table": "7"}
 
 
+def test_the_broker_vouches_for_the_name_of_a_client_and_only_then(make: Make) -> None:
+    broker, channel = make()
+    for headers in {"X-Client": "shop"}, {"X-Table": "7"}:
+        gevent.spawn(broker.publish, [Message(b"", "id", headers=headers)], QUEUE)
+        gevent.idle()
+    users = [properties.user_id for _, _, _, properties, _ in channel.published]
+    assert users == [Settings().broker.user, None]
+
+
 def test_a_multiple_ack_confirms_all_up_to_it_and_no_more(make: Make) -> None:
     broker, channel = make()
     requests = [send(broker, b"%d" % number) for number in range(4)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
+from door.access import DOORS
 from door.amqp import (
     PERSISTENT_DELIVERY_MODE,
     AMQPError,
@@ -35,7 +36,7 @@ class Dead:
     def __init__(self, broker: Link, queue: str, settings: Settings) -> None:
         """Reach the dead queue of queue by broker's connection."""
         self._broker = broker
-        self._exchange = settings.exchange
+        self._exchange, self._user = settings.exchange, settings.broker.user
         self._origin, self._queue = queue, f"{queue}.dead"
         self._timeout = settings.receive_timeout
         self._turn = BoundedSemaphore()
@@ -73,7 +74,7 @@ class Dead:
                         self._exchange,
                         self._origin,
                         delivery.body,
-                        anew(delivery.properties),
+                        anew(delivery.properties, self._user),
                         mandatory=True,
                     )
                     answer = confirms.get(timeout=self._timeout)
@@ -143,10 +144,11 @@ class Dead:
             yield Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
 
 
-def anew(properties: BasicProperties) -> BasicProperties:
+def anew(properties: BasicProperties, user: str) -> BasicProperties:
     """Return properties without what the broker would take for the past of another message.
 
-    Without user_id too: the broker refuses a message that bears another user's name.
+    The broker refuses a message that bears another name than its user's, so that of a door becomes
+    user, and another one goes.
     Source: https://www.rabbitmq.com/docs/validated-user-id
     """
     fresh = copy.copy(properties)
@@ -154,6 +156,6 @@ def anew(properties: BasicProperties) -> BasicProperties:
         fresh.headers = {
             name: value for name, value in properties.headers.items() if name not in PAST
         }
-    fresh.user_id = None
+    fresh.user_id = user if properties.user_id in DOORS else None
     fresh.delivery_mode = PERSISTENT_DELIVERY_MODE
     return fresh

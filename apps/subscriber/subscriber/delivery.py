@@ -14,6 +14,7 @@ from json.encoder import encode_basestring
 from typing import Any
 
 from common.events import REQUEST_ID, Value, good_id
+from door.access import CLIENT_HEADER, DOORS
 from door.amqp import BasicProperties, Channel
 from door.memory import Grant
 
@@ -152,7 +153,7 @@ class Delivery:
         for name in ("timestamp", "priority"):
             if isinstance(given[name], int):
                 told += f', "{name}": {given[name]}'
-        return f'{told}, "headers": {tell(given["headers"])}'
+        return f'{told}, "headers": {tell(believable(self.properties))}'
 
     def _end(self, receipt: str | None) -> bytes:
         again = b"true" if self.redelivered else b"false"
@@ -198,6 +199,15 @@ def escaped(body: bytes) -> Iterator[bytes]:
     for start in range(0, len(body), PIECE):
         piece = body[start : start + PIECE]
         yield dump(encode_basestring(decoder.decode(piece, final=start + PIECE >= len(body))))[1:-1]
+
+
+def believable(properties: BasicProperties) -> Mapping[Any, Any] | None:
+    """Return a message's headers, without a client's name that no door wrote."""
+    headers: Mapping[Any, Any] | None = properties.headers
+    if not headers or properties.user_id in DOORS:
+        return headers
+    forged = {name for name in headers if len(name) == 8 and str(name).title() == CLIENT_HEADER}
+    return {name: headers[name] for name in headers if name not in forged} if forged else headers
 
 
 def tell(headers: Mapping[Any, Any] | None) -> str:

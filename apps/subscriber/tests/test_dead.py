@@ -115,6 +115,16 @@ def test_a_redriven_message_is_new_and_all_that_it_had(dead: Dead, rabbit: Rabbi
     assert not message.redelivered
 
 
+def test_a_redriven_message_is_still_its_client_s(dead: Dead, rabbit: Rabbit) -> None:
+    rabbit.publish(b"", queue=DEAD)
+    properties = BasicProperties(headers={"X-Client": "shop"}, user_id="publisher")
+    rabbit.queues[DEAD][0].properties = properties
+    assert ask(dead.redrive, 9) == 1
+    (message,) = rabbit.queues["takeaway"]
+    assert message.properties.user_id == Settings().broker.user
+    assert message.properties.headers == {"X-Client": "shop"}
+
+
 def test_what_has_no_headers_is_redriven_without(dead: Dead, rabbit: Rabbit) -> None:
     rabbit.publish(b"x", queue=DEAD)
     assert ask(dead.redrive, 9) == 1

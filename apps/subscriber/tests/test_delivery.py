@@ -181,6 +181,17 @@ def test_each_property_that_is_set_is_told() -> None:
     assert json.loads(b"".join(delivery(**bad).line())) == NOTHING
 
 
+@pytest.mark.parametrize("name", ["X-Client", "x-client", "X-CLIENT"])
+def test_a_client_is_named_by_the_doors_alone(name: str) -> None:
+    headers = {name: "shop", "X-Other": "x"}
+    for user, told in ("publisher", headers), ("subscriber", headers), (None, {"X-Other": "x"}):
+        line = json.loads(b"".join(delivery(headers=headers, user_id=user).line()))
+        assert line["headers"] == told
+    # A client of AMQP, which can take no other name than its own.
+    line = json.loads(b"".join(delivery(headers=headers, user_id="cook").line()))
+    assert (line["headers"], line["user_id"]) == ({"X-Other": "x"}, "cook")
+
+
 def test_a_message_weighs_what_its_body_and_its_headers_take() -> None:
     def nested(depth: int) -> Any:
         return {"a": nested(depth - 1)} if depth else "x" * 1000
