@@ -61,9 +61,17 @@ def prometheus(rendered: Rendered) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def prometheus_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the same where the broker has three nodes."""
-    nodes = ["broker1", "broker2", "broker3"]
-    return configuration(render(tmp_path_factory.mktemp("cluster"), stack_nodes=nodes))
+    """Return the same where the broker has three nodes, and a queue thresholds of its own."""
+    own = {
+        "stack_nodes": ["broker1", "broker2", "broker3"],
+        "stack_queues": [{"name": "takeaway"}, {"name": "orders.eu"}],
+        "monitoring_prometheus_alerts": {
+            "RabbitMQBacklog": {"queues": {"orders.eu": 5000}},
+            "RabbitMQUnacknowledged": {"queues": {"orders.eu": 20}},
+            "RabbitMQDeadLetters": {"queues": {"orders.eu.dead": 7}},
+        },
+    }
+    return configuration(render(tmp_path_factory.mktemp("cluster"), **own))
 
 
 @pytest.fixture(scope="module")

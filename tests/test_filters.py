@@ -901,10 +901,13 @@ def test_a_receiver_s_file_is_a_secret_that_is_given_or_the_image_s(filters: Any
         ({"above": -1}, ["-1"]),
         ({"above": "1\n"}, ["1\n"]),
         ({"below": 1}, ["below"]),
+        ({"queues": {"orders": 5000, "orders.dead": "0.5"}}, []),
+        ({"queues": {"order": 1, "orders": "many"}}, ["order", "many"]),
+        ({"queues": 5000}, ["5000"]),
     ],
 )
 def test_an_alert_takes_the_values_that_it_knows(
     filters: Any, given: dict[str, Any], bad: list[str]
 ) -> None:
-    known = dict.fromkeys(("for", "above", "within", "hours"))
-    assert filters["monitoring_bad_values"](given, known) == bad
+    known = dict.fromkeys(("for", "above", "within", "hours", "queues"))
+    assert filters["monitoring_bad_values"](given, known, ["takeaway", "orders"]) == bad

@@ -55,8 +55,13 @@ def monitoring_missing_secrets(receivers: object, secrets: Mapping[str, str]) ->
     return [path for path in read if not path.startswith("/etc/ssl/") and path not in there]
 
 
-def monitoring_bad_values(given: Mapping[str, object], known: Mapping[str, object]) -> list[str]:
-    """Return what of an alert's given values cannot be used: unknown names, and wrong values."""
+def monitoring_bad_values(
+    given: Mapping[str, object], known: Mapping[str, object], names: Iterable[str] = ()
+) -> list[str]:
+    """Return what of an alert's given values cannot be used: unknown names, and wrong values.
+
+    Thresholds are for queues of names and for their dead queues.
+    """
     forms = dict.fromkeys(("for", "keep", "within"), DURATION)
     forms |= dict.fromkeys(("above", "hours"), NUMBER)
     unknown = [name for name in given if name not in known]
@@ -65,6 +70,12 @@ def monitoring_bad_values(given: Mapping[str, object], known: Mapping[str, objec
         for name in forms
         if name in given and not forms[name].fullmatch(str(given[name]))
     ]
+    queues = given.get("queues", {})
+    if not isinstance(queues, Mapping):
+        return [*unknown, *wrong, str(queues)]
+    there = {f"{name}{end}" for name in names for end in ("", ".dead")}
+    unknown += [str(queue) for queue in queues if "queues" in known and queue not in there]
+    wrong += [str(above) for above in queues.values() if not NUMBER.fullmatch(str(above))]
     return unknown + wrong
 
 
