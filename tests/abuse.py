@@ -968,7 +968,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     def empty() -> bool:
         return stack.depth() == 0
 
-    wait_until(empty, 2 * COUNTED, f"{stack.queue} is empty; receive first what is in it")
+    wait_until(empty, 2 * COUNTED, f"{options.queue} is empty; receive first what is in it")
     if problems := stack.dead():
         raise Broken(f"{problems[0]}; it must be empty before.")
     ledger = Ledger()

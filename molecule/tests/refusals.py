@@ -60,7 +60,10 @@ CASES = [
         {"stack_clients": [{"name": "a", "recieve": []}], "refused_by": ["rabbitmq"]},
         ["stack_clients.recieve", "receive"],
     ),
-    ({"apps_http_user": "me"}, ["apps_http_user is gone; write stack_clients"]),
+    (
+        {"apps_http_user": "me", "stack_http_password": "x"},
+        ["apps_http_user is gone; write stack_clients", "stack_http_password is gone"],
+    ),
     (
         {
             "stack_clients": [{"name": "short"}],

@@ -47,6 +47,12 @@ class Topology:
         return self._lists.queues
 
     @property
+    def topics(self) -> frozenset[str]:
+        """The names of all topics."""
+        self._refresh()
+        return self._lists.topics
+
+    @property
     def access(self) -> Access:
         """Who may enter."""
         self._refresh()
@@ -62,8 +68,7 @@ class Topology:
 
     def topic(self, name: str) -> str:
         """Return name; aborts with 404 when there is no such topic."""
-        self._refresh()
-        if name not in self._lists.topics:
+        if name not in self.topics:
             abort(404, f"There is no topic {name[:200]!r}.")
         return name
 

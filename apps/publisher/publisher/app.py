@@ -85,6 +85,9 @@ class Publisher:
         self._settings = settings
         self._broker = broker
         self._topology = topology
+        # Told as 0 until the first one.
+        for topic in topology.topics:
+            DROPPED.labels(topic)
 
     def data(self, call: Call) -> Answer:
         """Send the text of a form or of JSON to the default queue.
