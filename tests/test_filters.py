@@ -474,6 +474,13 @@ SHOP = {
 }
 
 
+def test_of_the_doors_users_the_subscriber_s_alone_may_ask_the_management_api(
+    filters: Any,
+) -> None:
+    tags = {user["name"]: user["tags"] for user in definitions(filters, "takeaway")["users"]}
+    assert tags == {"publisher": [], "subscriber": ["management"]}
+
+
 def test_a_client_with_amqp_is_a_user_who_reaches_its_queues_and_topics_alone(filters: Any) -> None:
     one, another = SHOP, {"name": "cook", "receive": ["orders"], "amqp": True}
     made = definitions(

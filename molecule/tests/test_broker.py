@@ -65,10 +65,14 @@ def test_nobody_gets_in_without_a_password_of_ours(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize(
-    ("user", "status"), [("admin", 200), ("monitor", 200), ("publisher", 401), ("subscriber", 401)]
+    ("user", "nodes", "queues"),
+    [("admin", 200, 200), ("monitor", 200, 200), ("publisher", 401, 401), ("subscriber", 401, 200)],
 )
-def test_the_management_api_is_for_admin_and_monitor(stack: Stack, user: str, status: int) -> None:
-    assert stack.api("/nodes", user).status == status
+def test_the_management_api_is_for_admin_and_monitor_and_tells_the_subscriber_of_queues(
+    stack: Stack, user: str, nodes: int, queues: int
+) -> None:
+    assert stack.api("/nodes", user).status == nodes
+    assert stack.api("/queues/%2F", user).status == queues
 
 
 @pytest.mark.usefixtures("empty_queue")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import Answer, Stack, eventually
@@ -69,6 +70,66 @@ def test_a_queue_has_its_own_limits_and_its_own_dead_queue(stack: Stack) -> None
     redrive = ("apps_subscriber_port", "/queues/orders/dead/redrive", "--request", "POST")
     assert stack.http(*redrive).json == {"redriven": 1}
     assert receive(stack, "orders", "&wait=5") == ["bad"]
+
+
+def test_a_purge_drops_what_waits_in_its_queue_alone(stack: Stack) -> None:
+    assert post(stack, "/queues/orders/batch", '"leased"\n"two"\n"three"').json == {"sent": 3}
+    assert stack.send("another").status == 201
+    leased = stack.http("apps_subscriber_port", "/queues/orders/messages?ack=manual")
+    assert leased.text == "leased\n"
+    purge = ("apps_subscriber_port", "/queues/orders/messages")
+    refused = stack.http(*purge, "--request", "DELETE")
+    assert (refused.status, "?confirm=orders" in refused.json["message"]) == (400, True)
+    purge = ("apps_subscriber_port", "/queues/orders/messages?confirm=orders")
+    assert stack.http(*purge, "--request", "DELETE").json == {"purged": 2}
+    body = json.dumps({"receipt": leased.headers["x-receipt"]})
+    assert stack.http("apps_subscriber_port", "/queues/orders/ack", "--json", body).status == 200
+    assert receive(stack, "orders") == []
+    assert receive(stack, stack.vars["stack_queue"]) == ["another"]
+
+
+def test_dead_messages_are_sent_back_or_deleted_by_their_ids(stack: Stack) -> None:
+    ids = ["a", "b", "c", "b", "d"]
+    batch = "\n".join(json.dumps({"message": f"is {one}", "id": one}) for one in ids)
+    assert post(stack, "/queues/orders/batch", batch).json == {"sent": len(ids)}
+    receipts: list[str] = []
+    while len(receipts) < len(ids):
+        path = "/queues/orders/messages?max=10&ack=manual&wait=5"
+        leased = stack.http("apps_subscriber_port", path)
+        assert leased.status == 200, leased.text
+        receipts += [json.loads(line)["receipt"] for line in leased.text.splitlines()]
+    body = json.dumps({"receipts": receipts, "requeue": False})
+    assert stack.http("apps_subscriber_port", "/queues/orders/reject", "--json", body).status == 200
+
+    def dead() -> list[str]:
+        lines = stack.http("apps_subscriber_port", "/queues/orders/dead?max=10").text.splitlines()
+        return [json.loads(line)["id"] for line in lines]
+
+    eventually(lambda: len(dead()) == len(ids), 10, "all are dead")
+    before = dead()
+    redrive = ("apps_subscriber_port", "/queues/orders/dead/redrive", "--json")
+    assert stack.http(*redrive, '{"ids": ["c", "nowhere"]}').json == {"redriven": 1}
+    assert receive(stack, "orders", "&wait=5") == ["is c"]
+    delete = ("apps_subscriber_port", "/queues/orders/dead", "--request", "DELETE")
+    assert stack.http(*delete).status == 400
+    assert stack.http(*delete, "--json", '{"ids": ["b"]}').json == {"deleted": 2}
+    assert dead() == [one for one in before if one in ("a", "d")]
+
+
+def test_the_subscriber_tells_how_many_messages_the_queues_have(stack: Stack) -> None:
+    assert post(stack, "/queues/orders/batch", '"one"\n"two"').json == {"sent": 2}
+
+    def told() -> dict[str, dict[str, Any]]:
+        answer = stack.http("apps_subscriber_port", "/queues")
+        assert answer.status == 200, answer.text
+        return {one["name"]: one for one in answer.json["queues"]}
+
+    assert [*told()] == sorted(one["name"] for one in stack.vars["stack_queues"])
+    assert all(set(one["rates"]) == {"in", "out"} for one in told().values())
+    expected = {"ready": 2, "unacknowledged": 0, "dead": 0}
+    eventually(
+        lambda: expected.items() <= told()["orders"].items(), 15, "the broker's counts are new"
+    )
 
 
 def test_a_receipt_is_good_at_its_own_queue_only(stack: Stack) -> None:

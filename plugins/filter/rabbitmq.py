@@ -11,7 +11,8 @@ Definitions = dict[str, list[dict[str, Any]]]
 # An entry of stack_queues or stack_topics.
 Entry = Mapping[str, Any]
 
-TAGS = {"admin": ["administrator"], "monitor": ["monitoring"]}
+# With management, a user may ask the API for the queues of its virtual hosts.
+TAGS = {"admin": ["administrator"], "monitor": ["monitoring"], "subscriber": ["management"]}
 PRIORITY = 1000
 # What a policy of the stack's is called by: stack:takeaway. Older versions had the two others.
 PREFIX = "stack:"

@@ -27,9 +27,13 @@ class Client:
     name: str = ""
     rights: Mapping[str, frozenset[str]] | None = None
 
+    def may(self, right: str, name: str) -> bool:
+        """Whether the client has right, which is one of RIGHTS, for name."""
+        return self.rights is None or name in self.rights[right]
+
     def check(self, right: str, name: str) -> None:
         """Abort with 403 unless the client has right, which is one of RIGHTS, for name."""
-        if self.rights is not None and name not in self.rights[right]:
+        if not self.may(right, name):
             abort(403, f"The client {self.name!r} has no right to {right}: {name!r}.")
 
 

@@ -76,19 +76,20 @@ def equip(
 
     for method, path in routes:
         rule = path.replace("{", "<").replace("}", ">")
-        app.add_url_rule(rule, f"{method} {path}", _other_method(method), methods=[method])
+        others = [known for known, place in routes if place == path]
+        app.add_url_rule(rule, f"{method} {path}", _other_method(others), methods=[method])
     app.after_request(_end)
     app.register_error_handler(HTTPException, _failed)
     app.register_error_handler(BrokerUnavailable, _failed)
     app.wsgi_app = Direct(app.wsgi_app, routes, events, topology)  # type: ignore[method-assign]
 
 
-def _other_method(method: str) -> Callable[..., Response]:
-    """Return what Flask calls for a route: only HEAD gets there, Direct has the rest."""
+def _other_method(methods: list[str]) -> Callable[..., Response]:
+    """Return what Flask calls for a route of methods: only HEAD gets there, Direct has the rest."""
 
     def view(**_name: str) -> Response:
         # An answer to HEAD would have to take a message off the queue to tell its size.
-        raise MethodNotAllowed([method])
+        raise MethodNotAllowed(methods)
 
     return view
 

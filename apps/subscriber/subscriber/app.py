@@ -3,8 +3,10 @@
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from common import events
+from door.access import RIGHTS
 from door.call import Answer, Call, json_answer
 from door.memory import Memory
 from door.topology import Topology
@@ -20,6 +22,7 @@ from subscriber.dead import Dead
 from subscriber.delivery import Delivery
 from subscriber.handover import SENDS_NO_MORE, Handover, shows
 from subscriber.leases import Leases
+from subscriber.overview import Overview
 from subscriber.parcel import JSON, LINES, TEXT, Parcel, lines
 from subscriber.queue import Queue
 from subscriber.settings import Settings
@@ -33,14 +36,19 @@ GET /receive takes the next message off the queue:
 With ?ack=manual it comes with a receipt and is yours for a while: POST /ack takes it off the queue.
 GET /dead shows what was given up, and POST /dead/redrive sends it back. /openapi.json says all.
 Each other queue has the same: GET /queues/QUEUE/messages, POST /queues/QUEUE/ack and so on.
+GET /queues shows which there are.
 """
 EMPTY = b"No message available\n"
 NO_STORE = ("Cache-Control", "no-store")
 MAX_MESSAGES = 10_000
 MAX_WAIT = 20
 MAX_REQUEST = 1024 * 1024
+MAX_IDS = 1000
+MAX_ID = 255
 # Most bytes of memory that one byte of JSON takes once it is parsed; `{},` is the worst case.
 PARSED = 24
+# Bytes of memory that the overview's part for one queue takes.
+TOLD = 2048
 # Responses with many messages that are made at a time: each may take MAX_BATCH_BYTES.
 MAX_BATCHES = 3
 
@@ -64,11 +72,14 @@ def create_app(
         ("POST", "/extend"): door.extend,
         ("GET", "/dead"): door.look,
         ("POST", "/dead/redrive"): door.redrive,
+        ("GET", "/queues"): door.overview,
         ("GET", "/queues/{queue}/messages"): door.receive,
+        ("DELETE", "/queues/{queue}/messages"): door.purge,
         ("POST", "/queues/{queue}/ack"): door.ack,
         ("POST", "/queues/{queue}/reject"): door.reject,
         ("POST", "/queues/{queue}/extend"): door.extend,
         ("GET", "/queues/{queue}/dead"): door.look,
+        ("DELETE", "/queues/{queue}/dead"): door.delete,
         ("POST", "/queues/{queue}/dead/redrive"): door.redrive,
     }
     equip(app, broker, sink, topology, routes)
@@ -103,6 +114,7 @@ class Subscriber:
         # One that was removed from the file stays, for what was leased.
         self._counters: dict[str, Counter] = {}
         self._batches = BoundedSemaphore(MAX_BATCHES)
+        self._overview = Overview(settings, memory)
 
     def receive(self, call: Call) -> Answer:
         """Hand over the next message, or many."""
@@ -203,10 +215,47 @@ class Subscriber:
         return Answer(200, headers, lines((one, None) for one in found))
 
     def redrive(self, call: Call) -> Answer:
-        """Send messages of the dead queue back to where they came from."""
+        """Send messages of the dead queue back to where they came from: the oldest, or by ids."""
         dead = self._counter(call, "manage").dead
-        most = number(call.query("max"), "max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
-        return json_answer(200, {"redriven": dead.redrive(most)})
+        query = call.query("max")
+        most = number(query, "max", 1, MAX_MESSAGES, absent=MAX_MESSAGES)
+        raw = call.read(MAX_REQUEST)
+        if not raw:
+            return json_answer(200, {"redriven": dead.redrive(most)})
+        if query:
+            abort(400, "Give ?max or 'ids', not both.")
+        return json_answer(200, {"redriven": dead.redrive_ids(read_ids(call, raw))})
+
+    def delete(self, call: Call) -> Answer:
+        """Take messages off the dead queue for good, by ids."""
+        call.event.fields["event"] = "delete"
+        dead = self._counter(call, "manage").dead
+        call.query()
+        count = dead.delete_ids(read_ids(call, call.read(MAX_REQUEST)))
+        call.event.fields["messages"] = count
+        return json_answer(200, {"deleted": count})
+
+    def purge(self, call: Call) -> Answer:
+        """Drop all messages that wait in the queue."""
+        call.event.fields["event"] = "purge"
+        queue = self._counter(call, "manage").queue
+        name = call.name
+        if call.query("confirm").get("confirm") != name:
+            abort(400, f"This drops all messages that wait in {name!r}: write ?confirm={name}.")
+        count = queue.purge()
+        call.event.fields["messages"] = count
+        return json_answer(200, {"purged": count})
+
+    def overview(self, call: Call) -> Answer:
+        """Tell of the queues that the client may use."""
+        call.query()
+        names = [
+            name
+            for name in sorted(self._topology.queues)
+            if any(call.by.may(right, name) for right in RIGHTS)
+        ]
+        call.hold(TOLD * len(names))
+        return json_answer(200, {"queues": self._overview.tell(names)})
 
 
 def nobody_waits() -> None:
@@ -249,16 +298,7 @@ def number(query: dict[str, str], name: str, least: int, most: int, absent: int)
 def read_receipts(call: Call, names: set[str]) -> tuple[list[str], bool]:
     """Return the receipts of the request's JSON and its `requeue`; aborts with 400 otherwise."""
     call.query()
-    raw = call.read(MAX_REQUEST)
-    call.hold(PARSED * len(raw))
-    try:
-        body = json.loads(raw.decode())
-    except (ValueError, RecursionError):
-        abort(400, "The body is not JSON in UTF-8.")
-    if not isinstance(body, dict) or not body.keys() <= names:
-        abort(
-            400, f"The JSON must be an object with no other names than {', '.join(sorted(names))}."
-        )
+    body = read_object(call, call.read(MAX_REQUEST), names)
     if {"receipt", "receipts"} <= body.keys():
         abort(400, "Give 'receipts' or 'receipt', not both.")
     receipts = body.get("receipts", [body["receipt"]] if "receipt" in body else None)
@@ -268,3 +308,31 @@ def read_receipts(call: Call, names: set[str]) -> tuple[list[str], bool]:
     if not isinstance(requeue, bool):
         abort(400, "'requeue' must be true or false.")
     return receipts, requeue
+
+
+def read_ids(call: Call, raw: bytes) -> set[str]:
+    """Return the ids of messages in raw, the request's body; aborts with 400 without any."""
+    ids = read_object(call, raw, {"ids"}).get("ids")
+    if (
+        not isinstance(ids, list)
+        or not 1 <= len(ids) <= MAX_IDS
+        or not all(isinstance(one, str) and 1 <= len(one) <= MAX_ID for one in ids)
+    ):
+        abort(
+            400, f"Give 'ids', a list of 1 to {MAX_IDS} strings of 1 to {MAX_ID} characters each."
+        )
+    return set(ids)
+
+
+def read_object(call: Call, raw: bytes, names: set[str]) -> dict[str, Any]:
+    """Return raw, the request's body, as an object without other names; aborts with 400."""
+    call.hold(PARSED * len(raw))
+    try:
+        body = json.loads(raw.decode())
+    except (ValueError, RecursionError):
+        abort(400, "The body is not JSON in UTF-8.")
+    if not isinstance(body, dict) or not body.keys() <= names:
+        abort(
+            400, f"The JSON must be an object with no other names than {', '.join(sorted(names))}."
+        )
+    return body

@@ -1,9 +1,9 @@
 # mypy: disable-error-code=no-untyped-call
-"""The dead queue: a look that uses nothing up, and the way back."""
+"""The dead queue: a look that uses nothing up, the way back, and the end of single messages."""
 
 import copy
-import time
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 
 from door import BrokerUnavailable
@@ -16,11 +16,11 @@ from door.amqp import (
     Channel,
     Link,
 )
-from gevent.event import Event
 from gevent.lock import BoundedSemaphore
 from gevent.queue import Empty, SimpleQueue
 
-from subscriber.delivery import Delivery
+from subscriber.channel import Answers, own_channel
+from subscriber.delivery import Delivery, text
 from subscriber.settings import Settings
 
 # Headers in which the broker keeps a message's past: how often it was returned, and why it died.
@@ -62,86 +62,84 @@ class Dead:
         broker's own way, a reject, would depend on policies, and RabbitMQ 4.3 would go on counting
         the message's returns. Raises BrokerUnavailable when one is not taken: it stays.
         """
+        with self._channel() as channel:
+            return self._send_back(channel, self._deliveries(channel, most))
+
+    def redrive_ids(self, ids: Set[str]) -> int:
+        """Send all messages whose id is in ids back, as redrive() does; return how many."""
+        with self._channel() as channel:
+            return self._send_back(channel, self._chosen(channel, ids))
+
+    def delete_ids(self, ids: Set[str]) -> int:
+        """Take all messages whose id is in ids off the dead queue for good; return how many."""
         count = 0
         with self._channel() as channel:
-            confirms: SimpleQueue = SimpleQueue()
-            channel.confirm_delivery(lambda answer: confirms.put(answer.method))
-            channel.add_on_return_callback(lambda _channel, *returned: confirms.put(returned[0]))
-            channel.add_on_close_callback(lambda _channel, reason: confirms.put(reason))
-            for delivery in self._deliveries(channel, most):
-                try:
-                    channel.basic_publish(
-                        self._exchange,
-                        self._origin,
-                        delivery.body,
-                        anew(delivery.properties, self._user),
-                        mandatory=True,
-                    )
-                    answer = confirms.get(timeout=self._timeout)
-                except (AMQPError, Empty, RecursionError) as error:
-                    answer = error
-                if not isinstance(answer, Basic.Ack):
-                    raise BrokerUnavailable(
-                        f"the queue took {count} messages back, and not the next: {answer!r}"
-                    )
+            for delivery in self._chosen(channel, ids):
                 channel.basic_ack(delivery.tag)
                 count += 1
         return count
 
+    def _send_back(self, channel: Channel, deliveries: Iterable[Delivery]) -> int:
+        count = 0
+        confirms: SimpleQueue = SimpleQueue()
+        channel.confirm_delivery(lambda answer: confirms.put(answer.method))
+        channel.add_on_return_callback(lambda _channel, *returned: confirms.put(returned[0]))
+        channel.add_on_close_callback(lambda _channel, reason: confirms.put(reason))
+        for delivery in deliveries:
+            try:
+                channel.basic_publish(
+                    self._exchange,
+                    self._origin,
+                    delivery.body,
+                    anew(delivery.properties, self._user),
+                    mandatory=True,
+                )
+                answer = confirms.get(timeout=self._timeout)
+            except (AMQPError, Empty, RecursionError) as error:
+                answer = error
+            if not isinstance(answer, Basic.Ack):
+                raise BrokerUnavailable(
+                    f"the queue took {count} messages back, and not the next: {answer!r}"
+                )
+            channel.basic_ack(delivery.tag)
+            count += 1
+        return count
+
     @contextmanager
     def _channel(self) -> Iterator[Channel]:
-        """Open a channel for one request; once it is closed, the broker has done all it was told.
+        """Open a channel for one request, when it is its turn."""
+        with self._turn, own_channel(self._broker, self._timeout, "the dead queue") as channel:
+            yield channel
 
-        Raises BrokerUnavailable.
-        """
-        with self._turn:
-            main = self._broker.channel
-            if main is None:
-                raise BrokerUnavailable("not connected to the broker")
-            opened, closed = Event(), Event()
-            try:
-                channel = main.connection.channel(on_open_callback=lambda _: opened.set())
-                channel.add_on_close_callback(lambda _channel, _reason: closed.set())
-                if not opened.wait(self._timeout):
-                    late = BrokerUnavailable("the broker opened no channel in time")
-                    silent = self._broker.heard < time.monotonic() - self._timeout
-                    # A newer connection is not to blame.
-                    if silent and self._broker.channel is main:
-                        self._broker.drop(late)
-                    elif not channel.is_closed:
-                        channel.close()
-                    raise late
-                yield channel
-            except AMQPError as error:
-                raise BrokerUnavailable(f"the dead queue cannot be reached: {error!r}") from None
-            finally:
-                if opened.is_set():
-                    if channel.is_open:
-                        channel.close()
-                    closed.wait(self._timeout)
-
-    def _deliveries(self, channel: Channel, most: int) -> Iterator[Delivery]:
+    def _deliveries(self, channel: Channel, most: float) -> Iterator[Delivery]:
         """Get messages, up to most, and no more than there were at first."""
-        answers: SimpleQueue = SimpleQueue()
+        answers = Answers(channel, self._timeout)
         channel.add_callback(lambda _: answers.put(None), [Basic.GetEmpty], one_shot=False)
-        channel.add_on_close_callback(lambda _channel, reason: answers.put(reason))
+
+        def get() -> None:
+            channel.basic_get(self._queue, lambda _channel, *got: answers.put(got))
+
         left = most
         while left > 0:
-            try:
-                channel.basic_get(self._queue, lambda _channel, *got: answers.put(got))
-                answer = answers.get(timeout=self._timeout)
-            except (AMQPError, Empty) as error:
-                raise BrokerUnavailable(f"the broker did not answer: {error!r}") from None
+            answer = answers.to(get)
             if answer is None:
                 return
-            if isinstance(answer, Exception):
-                raise BrokerUnavailable(f"the channel was closed: {answer!r}")
             self._broker.alive()
             method, properties, body = answer
             if method.delivery_tag == 1:
                 left = min(most, method.message_count + 1)
             left -= 1
             yield Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
+
+    def _chosen(self, channel: Channel, ids: Set[str]) -> Iterator[Delivery]:
+        """Go once through the whole queue, for those whose id is in ids; the others stay.
+
+        Nothing is kept of the others: the broker has them until the end, and keeps their order.
+        """
+        for delivery in self._deliveries(channel, math.inf):
+            if text(delivery.properties.message_id) in ids:
+                yield delivery
+        channel.basic_nack(0, multiple=True, requeue=True)
 
 
 def anew(properties: BasicProperties, user: str) -> BasicProperties:

@@ -121,6 +121,10 @@ class Fetch:
             self._ask_due = True
             gevent.get_hub().loop.run_callback(self._ask)
 
+    def emptied(self) -> None:
+        """Take note that the queue has nothing left: no burst is worth it."""
+        self._ready = 0
+
     def end_burst(self) -> None:
         """Let the burst under way, if any, bring no more."""
         if self._burst and self._burst.missing and self._link.channel is not None:

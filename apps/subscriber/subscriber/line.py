@@ -147,6 +147,11 @@ class Line:
                 return
         heapq.heappush(self._held, (delivery.tag, delivery))
 
+    def give_up(self) -> list[Delivery]:
+        """Return what is held, and hold it no more."""
+        held, self._held = self._held, []
+        return [delivery for _, delivery in held]
+
     def found_empty(self, asked: int) -> None:
         """End the wait of the impatient who came before get number asked, whose answer is empty.
 

@@ -34,6 +34,7 @@ from door import BrokerUnavailable
 from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link
 from door.memory import OutOfMemory
 
+from subscriber.channel import Answers, own_channel
 from subscriber.delivery import Delivery, Handle
 from subscriber.fetch import Fetch
 from subscriber.line import Line, Waiter
@@ -125,6 +126,22 @@ class Queue:
     def reject(self, some: Iterable[Delivery | Handle], requeue: bool) -> None:
         """Give some back to the queue, or to the dead ones; both are counted by the broker."""
         self._settler.reject(some, requeue)
+
+    def purge(self) -> int:
+        """Drop what waits in the queue or is held here; return how many messages that were.
+
+        What is leased or on its way to a client stays. Raises BrokerUnavailable.
+        """
+        with own_channel(self._link, self._timeout, f"the queue {self._name!r}") as channel:
+            answers = Answers(channel, self._timeout)
+            answer = answers.to(lambda: channel.queue_purge(self._name, answers.put))
+        self._link.alive()
+        self._fetch.emptied()
+        held = self._line.give_up()
+        self.ack(held)
+        for delivery in held:
+            delivery.close()
+        return int(answer.method.message_count) + len(held)
 
     def finish(self) -> None:
         """Let nobody wait any longer for messages that are still to come."""

@@ -1,12 +1,15 @@
 """What the subscriber is told by its environment."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from common.environment import Environment
+from common.environment import ConfigError, Environment
 from door.memory import MIB
 from door.settings import BrokerSettings, EventSettings, read_memory, read_queues_file
+
+URL = re.compile(r"http://([\w.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d{1,5}))?/?", re.I | re.A)
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Settings:
     queue: str = "takeaway"
     # Names all queues and clients; None: there is the default queue alone, for everybody.
     queues_file: Path | None = None
+    # Where RabbitMQ's management API is: http://HOST:PORT. None: nobody asks it.
+    management_url: str | None = None
     port: int = 5001
     # Seconds a request waits for the broker's answer.
     receive_timeout: float = 4
@@ -35,8 +40,8 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS,
-        MAX_BATCH_BYTES, MEMORY_LIMIT.
+        RABBITMQ_* (with RABBITMQ_MANAGEMENT_URL), FLUENTD_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT,
+        LEASE_SECONDS, MAX_BATCH_BYTES, MEMORY_LIMIT.
         """
         return cls(
             broker=BrokerSettings.read(env),
@@ -44,9 +49,21 @@ class Settings:
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             queues_file=read_queues_file(env),
+            management_url=read_management_url(env),
             port=env.number("PORT", cls.port, 1, 65535),
             receive_timeout=env.number("RECEIVE_TIMEOUT", int(cls.receive_timeout), 1, 4),
             lease_seconds=env.number("LEASE_SECONDS", cls.lease_seconds, 1, 1499),
             max_batch_bytes=env.number("MAX_BATCH_BYTES", cls.max_batch_bytes, 1, 64 * MIB),
             memory_limit=read_memory(env),
         )
+
+
+def read_management_url(env: Environment) -> str | None:
+    """Read RABBITMQ_MANAGEMENT_URL, if it is set; ConfigError by name."""
+    url = env.optional("RABBITMQ_MANAGEMENT_URL")
+    if url is None:
+        return None
+    found = URL.fullmatch(url)
+    if not found or not 1 <= int(found["port"] or 80) <= 65535:
+        raise ConfigError(f"RABBITMQ_MANAGEMENT_URL must be http://HOST:PORT, got {url!r}")
+    return url

@@ -13,7 +13,7 @@ import pika
 import pytest
 from door.amqp import JoinedConnection, Link
 from door.memory import Memory
-from pika import frame
+from pika import frame, spec
 from pika.adapters.utils.nbio_interface import AbstractIOServices
 from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection
 from subscriber.broker import Broker
@@ -189,10 +189,15 @@ class Peer:
             case Channel.Close():
                 self.say(number, Channel.CloseOk())
                 self._give_back(number)
-            case Basic.Get(queue=name) | Basic.Consume(queue=name) if (
-                name not in self._rabbit.queues
-            ):
+            case (
+                Basic.Get(queue=name) | Basic.Consume(queue=name) | spec.Queue.Purge(queue=name)
+            ) if name not in self._rabbit.queues:
                 self.close(number, 404, f"NOT_FOUND - no queue '{name}'")
+            case spec.Queue.Purge(queue=name):
+                queue = self._rabbit.queues[name]
+                self.say(number, spec.Queue.PurgeOk(len(queue)))
+                queue.clear()
+                queue.returned = 0
             case Basic.Get(queue=name) if name in self._rabbit.slow:
                 pass
             case Basic.Get(queue=name):

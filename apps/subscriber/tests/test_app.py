@@ -201,12 +201,14 @@ def test_only_get_takes_a_message(client: FlaskClient, broker: FakeBroker, metho
 
 
 RIGHTS = {
-    "messages": "receive",
-    "ack": "receive",
-    "reject": "receive",
-    "extend": "receive",
-    "dead": "manage",
-    "dead/redrive": "manage",
+    ("GET", "messages"): "receive",
+    ("POST", "ack"): "receive",
+    ("POST", "reject"): "receive",
+    ("POST", "extend"): "receive",
+    ("DELETE", "messages"): "manage",
+    ("GET", "dead"): "manage",
+    ("DELETE", "dead"): "manage",
+    ("POST", "dead/redrive"): "manage",
 }
 
 
@@ -227,8 +229,7 @@ def test_a_client_does_only_what_it_has_the_right_for(
     door = create_app(broker, Settings(queues_file=queues), MEMORY, events).test_client()
     login = {"Authorization": "Bearer t0ken"}
     for queue in "orders", "takeaway":
-        for path, needed in RIGHTS.items():
-            method = "GET" if path in ("messages", "dead") else "POST"
+        for (method, path), needed in RIGHTS.items():
             path = f"/queues/{queue}/{path}"
             assert door.open(path, method=method).status_code == 401
             answer = door.open(path, method=method, headers=login)
