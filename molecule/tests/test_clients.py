@@ -24,7 +24,7 @@ while not os.path.exists("/tmp/enough") and time.monotonic() < end:
         answer = door.getresponse()
         answer.read()
         answers[f"{method} {answer.status}"] += 1
-    time.sleep(0.01)
+    time.sleep(0.03)
 print(json.dumps(answers))
 """
 RIGHTS = {"send": "messages", "receive": "messages", "manage": "dead"}
@@ -156,7 +156,7 @@ def test_queues_and_clients_come_and_go_beside_what_runs(stack: Stack) -> None:
         answers = load.result()
     print(answers)
     assert answers.keys() == {"POST 201", "GET 200"}
-    assert min(answers.values()) > 1000
+    assert min(answers.values()) > 500
     assert things(stack, "full") == set()
     assert "shop" not in {user["name"] for user in stack.api("/users").json}
     assert "client.shop" not in {one["name"] for one in stack.api("/exchanges").json}
