@@ -132,3 +132,17 @@ def test_every_pattern_of_a_value_ends_where_the_value_does() -> None:
     # $ matches before a last newline, too.
     loose = found(r"""(pattern: |match\(|'match', )['"].*\$['"]""")
     assert [line for line in loose if line.startswith(("roles/", "playbooks/"))] == []
+
+
+def test_the_patch_that_adds_an_eighth_container_fits(tmp_path: Path) -> None:
+    # git itself passes by what is outside of the folder in which it runs.
+    (tmp_path / "tree").mkdir()
+    patch = ROOT / "tests/bare/echo.patch"
+    for name in re.findall(r"^--- a/(.+)$", patch.read_text(), re.MULTILINE):
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text((ROOT / name).read_text())
+    command = ["git", "apply", "--check", patch]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path / "tree"
+    )
+    assert done.returncode == 0, done.stderr
