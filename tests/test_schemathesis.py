@@ -141,7 +141,11 @@ def door(name: str, *accepted: str) -> Flask:
     queues = FOLDER / f"{bool(accepted)}.json"
     tokens = [sha256(token.encode()).hexdigest() for token in accepted]
     client = {"name": "me", "tokens": tokens, **{one: ["takeaway", "events"] for one in RIGHTS}}
-    lists = {"queues": ["takeaway", "orders"], "topics": ["events"], "clients": [client]}
+    lists = {
+        "queues": ["takeaway", "orders"],
+        "topics": ["events"],
+        "clients": [client] if accepted else [],
+    }
     queues.write_text(json.dumps(lists))
     if name == "publisher":
         settings = PublisherSettings(queues_file=queues)

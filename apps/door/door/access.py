@@ -51,11 +51,12 @@ class Access:
         """
         self._by_token: dict[str, Client] = {}
         self._known: dict[str | None, Client] = {}
+        self._open = True
         for one in clients:
+            self._open = False  # also where it has no token: nobody gets in for want of one
             rights = {right: frozenset(one[right]) for right in RIGHTS}
             client = Client(one["name"], rights)
             self._by_token.update((token, client) for token in one["tokens"])
-        self._open = not self._by_token
 
     def client(self, authorization: str | None) -> Client | None:
         """Return who sends this header Authorization; None for a stranger.

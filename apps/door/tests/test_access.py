@@ -77,6 +77,11 @@ def test_without_clients_everybody_may_do_everything() -> None:
     ANYBODY.check("manage", "orders")
 
 
+def test_a_client_without_a_token_does_not_let_everybody_in() -> None:
+    for header in None, "Bearer ", "Bearer x", basic("shop:"):
+        assert Access([listed("shop")]).client(header) is None
+
+
 def test_a_right_is_for_the_names_of_its_list() -> None:
     client = ACCESS.client("Bearer t0ken")
     assert client is not None

@@ -55,7 +55,9 @@ def make(broker: SimpleNamespace, events: Events, tmp_path: Path) -> Make:
         app = Flask("door", root_path=str(tmp_path))
         hashes = [sha256(token.encode()).hexdigest() for token in accepted]
         clients = [{"name": "me", "tokens": hashes, "send": [], "receive": [], "manage": []}]
-        equip(app, broker, events, SimpleNamespace(access=Access(clients)), ROUTES)
+        equip(
+            app, broker, events, SimpleNamespace(access=Access(clients if accepted else [])), ROUTES
+        )
         return app.test_client()
 
     return client
