@@ -3,7 +3,7 @@
 import socketserver
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import Mock
@@ -435,3 +435,14 @@ def rabbit_port(rabbit: Rabbit) -> Iterator[int]:
         yield server.server_address[1]
         server.shutdown()
         thread.join()
+
+
+class Events(list[dict[str, Any]]):
+    def emit(self, _label: str | None, data: Mapping[str, Any]) -> bool:
+        self.append(dict(data))
+        return True
+
+
+@pytest.fixture
+def events() -> Events:
+    return Events()

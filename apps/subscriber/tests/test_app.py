@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from base64 import b64decode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -34,7 +34,7 @@ from subscriber.parcel import Parcel
 from subscriber.settings import Settings
 from werkzeug.test import TestResponse, create_environ
 
-from .conftest import Rabbit
+from .conftest import Events, Rabbit
 
 PROJECT = Path(__file__).parents[3]
 GETS = ("/receive", "/dead")
@@ -102,17 +102,6 @@ class FakeBroker:
 @pytest.fixture
 def broker() -> FakeBroker:
     return FakeBroker()
-
-
-class Events(list[dict[str, Any]]):
-    def emit(self, _label: str | None, data: Mapping[str, Any]) -> bool:
-        self.append(dict(data))
-        return True
-
-
-@pytest.fixture
-def events() -> Events:
-    return Events()
 
 
 @pytest.fixture

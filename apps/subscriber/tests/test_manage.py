@@ -21,7 +21,7 @@ from subscriber.delivery import Delivery
 from subscriber.settings import Settings
 from werkzeug.test import TestResponse, create_environ
 
-from .conftest import Message, Rabbit, Wire
+from .conftest import Events, Message, Rabbit, Wire
 
 PIZZA, DEAD = "/queues/pizza/messages", "/queues/pizza/dead"
 PURGE = f"{PIZZA}?confirm=pizza"
@@ -43,11 +43,6 @@ def wire(rabbit: Rabbit, broker: Broker) -> Wire:
 
 
 @pytest.fixture
-def events() -> list[dict[str, Any]]:
-    return []
-
-
-@pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "queues.json"
     path.write_text(json.dumps({"queues": ["takeaway", "pizza"], "topics": []}))
@@ -59,16 +54,11 @@ def client(
     broker: Broker,
     wire: Wire,
     path: Path,
-    events: list[dict[str, Any]],
+    events: Events,
     receive_timeout: float,
 ) -> Iterator[FlaskClient]:
-    class Sink:
-        def emit(self, _label: object, data: Any) -> bool:
-            events.append(dict(data))
-            return True
-
     settings = Settings(queues_file=path, receive_timeout=receive_timeout)
-    yield create_app(broker, settings, Memory(2**40), Sink()).test_client()
+    yield create_app(broker, settings, Memory(2**40), events).test_client()
     assert broker.up, "the connection was not to blame"
     assert len(wire.sent(Connection.Open)) == 1
 
@@ -92,7 +82,7 @@ def release(client: FlaskClient, path: str = PIZZA) -> None:
 
 
 def test_a_purge_drops_what_waits_in_its_queue_alone(
-    client: FlaskClient, rabbit: Rabbit, events: list[dict[str, Any]]
+    client: FlaskClient, rabbit: Rabbit, events: Events
 ) -> None:
     rabbit.publish(b"a", b"b", b"c", queue="pizza")
     rabbit.publish(b"dead", queue="pizza.dead")

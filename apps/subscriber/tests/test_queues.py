@@ -17,7 +17,7 @@ from subscriber.broker import Broker
 from subscriber.settings import Settings
 from werkzeug.test import TestResponse
 
-from .conftest import Rabbit, Wire
+from .conftest import Events, Rabbit, Wire
 
 MEMORY = Memory(2**40)
 NAMES = ["takeaway", "pizza", "pasta"]
@@ -56,22 +56,10 @@ def wire(rabbit: Rabbit, broker: Broker) -> Wire:
 
 
 @pytest.fixture
-def events() -> list[dict[str, Any]]:
-    return []
-
-
-@pytest.fixture
-def client(
-    broker: Broker, settings: Settings, wire: Wire, events: list[dict[str, Any]]
-) -> Iterator[FlaskClient]:
+def client(broker: Broker, settings: Settings, wire: Wire, events: Events) -> Iterator[FlaskClient]:
     assert wire.connection.is_open
 
-    class Sink:
-        def emit(self, _label: object, data: Any) -> bool:
-            events.append(dict(data))
-            return True
-
-    yield create_app(broker, settings, MEMORY, Sink()).test_client()
+    yield create_app(broker, settings, MEMORY, events).test_client()
     assert broker.up, "the connection was not to blame"
     assert len(wire.sent(Connection.Open)) == 1
 
@@ -151,9 +139,7 @@ def test_a_receipt_is_good_for_its_own_queue_alone(
     assert rabbit.acked == ([b"a"] if route == "ack" else [])
 
 
-def test_each_event_names_its_queue(
-    client: FlaskClient, rabbit: Rabbit, events: list[dict[str, Any]]
-) -> None:
+def test_each_event_names_its_queue(client: FlaskClient, rabbit: Rabbit, events: Events) -> None:
     rabbit.publish(b"a", queue="pizza")
     client.post("/queues/pizza/ack", json={"receipt": lease(client)})
     client.get("/queues/pasta/messages")
