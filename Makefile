@@ -80,6 +80,7 @@ bench: .venv/.test
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml --tags=all,bench tests/host.yml
 	python3 bench/collector.py
 	python3 bench/doors.py
+	python3 -m bench.queues
 
 # On the Docker host itself, with the ports of `make up`; takes every message of the queue.
 chaos:

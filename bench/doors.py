@@ -1,8 +1,9 @@
-"""Measure the doors: `python3 bench/doors.py [memory | polls]`.
+"""Measure the doors: `python3 bench/doors.py [beside FOLDER | memory | polls]`.
 
 By default each case is measured ROUNDS (5) times for SECONDS (5), in turn, so that the drift of
 the machine hits all alike. Load, doors and broker share it: only the ratios mean something
-elsewhere. `memory` sends 1,000,000 messages through both doors and watches what they take.
+elsewhere. `beside` measures the doors of another checkout in the same rounds, and prints how this
+one's compare. `memory` sends 1,000,000 messages through both doors and watches what they take.
 `polls` holds 1,000 and then 5,000 idle long polls.
 
 The broker is a container of the bench's own, with the project's configuration, from the image
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ REACH = [
 # What one measurement saw: messages, rate (of them a second), p50 and p99 (ms), empty and failed
 # answers, and how many messages are missing in the queue.
 Run = dict[str, float]
+# By name, the messages that a case may take in a second, and how it is measured once.
+Cases = dict[str, tuple[int, Callable[[], Run]]]
 
 
 class Client(http.client.HTTPConnection):
@@ -167,8 +170,8 @@ def peer(*arguments: object) -> str:
 
 
 @contextmanager
-def broker() -> Iterator[None]:
-    """Run a broker that the environment then names."""
+def broker(**variables: object) -> Iterator[None]:
+    """Run a broker that the environment then names, configured by the inventory and variables."""
     sys.path.append(str(ROOT))
     from tests.support import render
 
@@ -183,9 +186,8 @@ def broker() -> Iterator[None]:
         create += [f"--env=RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS={log}"]
         docker(*create, find_image())
         with tempfile.TemporaryDirectory() as folder:
-            texts = render(
-                Path(folder), **{f"rabbitmq_{user}_password": password for user in users}
-            )
+            passwords = {f"stack_{user}_password": password for user in users}
+            texts = render(Path(folder), **passwords, **variables)
             for name in "rabbitmq.conf", "enabled_plugins", "definitions.json":
                 Path(folder, name).write_text(texts[f"rabbitmq/{name}"])
                 docker("cp", f"{folder}/{name}", f"{CONTAINER}:/etc/rabbitmq/{name}")
@@ -201,14 +203,14 @@ def broker() -> Iterator[None]:
 
 
 @contextmanager
-def app(name: str, *command: str) -> Iterator[App]:
-    """Run a Python program, from when it is ready; one with workers has 2 of them."""
+def app(name: str, *command: str, root: Path = ROOT) -> Iterator[App]:
+    """Run a Python program of root, from when it is ready; one with workers has 2 of them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         environment = {
             "PYTHONPATH": os.pathsep.join(
-                str(ROOT / "apps" / part) for part in ("common", "door", name)
+                str(root / "apps" / part) for part in ("common", "door", name)
             ),
             "PORT": str(port),
             "WORKERS": "2",
@@ -219,7 +221,7 @@ def app(name: str, *command: str) -> Iterator[App]:
             [sys.executable, *command], env=os.environ | environment, stdout=log, stderr=log
         )
         running = App(port, program.pid)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         try:
             while True:
                 try:
@@ -249,14 +251,14 @@ class Discard(socketserver.BaseRequestHandler):
 
 
 @contextmanager
-def doors() -> Iterator[tuple[App, App]]:
-    """Run broker, publisher and subscriber."""
+def doors(**variables: object) -> Iterator[tuple[App, App]]:
+    """Run broker, publisher and subscriber; the broker as variables say."""
     collector = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Discard)
     collector.daemon_threads = True
     threading.Thread(target=collector.serve_forever, daemon=True).start()
     os.environ |= {"FLUENTD_HOST": "127.0.0.1", "FLUENTD_PORT": str(collector.server_address[1])}
     with (
-        broker(),
+        broker(**variables),
         app("publisher", "-m", "publisher") as publisher,
         app("subscriber", "-m", "subscriber") as subscriber,
     ):
@@ -274,12 +276,18 @@ def wrk(
     body: str = "",
     headers: dict[str, str] | None = None,
     per: int = 1,
+    paths: Sequence[str] = (),
 ) -> Run:
-    """Load http://url for SECONDS, by POST when there is a body."""
+    """Load http://url for SECONDS, by POST when there is a body; paths, if any, in turns."""
     headers = {"Content-Type": "application/x-www-form-urlencoded", **(headers or {})}
     # ASCII without control characters but the newline: JSON's literals are Lua's.
     lua = [LUA, f"per, wrk.method = {per}, '{'POST' if body else 'GET'}'"]
     lua += [f"wrk.body = {json.dumps(body)}"] if body else []
+    if paths:
+        lua += [f"local paths, turn = {{{json.dumps(paths)[1:-1]}}}, 0"]
+        lua += [
+            "function request() turn = turn % #paths + 1; return wrk.format(nil, paths[turn]) end"
+        ]
     lua += [f"wrk.headers['{name}'] = {json.dumps(value)}" for name, value in headers.items()]
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write("\n".join(lua))
@@ -291,10 +299,8 @@ def wrk(
     return result
 
 
-def make_cases(
-    publisher: App, subscriber: App, no_op: App, original: App
-) -> dict[str, tuple[int, Callable[[], Run]]]:
-    """Return by name the messages that it may take in a second, and how to measure it once."""
+def make_cases(publisher: App, subscriber: App, no_op: App, original: App) -> Cases:
+    """Return the doors' cases, and those that they are compared with."""
     login = base64.b64encode(f"admin:{os.environ['RABBITMQ_PASSWORD']}".encode()).decode()
     api = {"Content-Type": "application/json", "Authorization": f"Basic {login}"}
     message = {"routing_key": "takeaway", "payload": TEXT, "payload_encoding": "string"}
@@ -303,19 +309,24 @@ def make_cases(
     management = f"{os.environ['RABBITMQ_HOST']}:15672/api"
     put_url = f"{management}/exchanges/%2F/takeaway-in/publish"
     take_url = f"{management}/queues/%2F/takeaway/get"
-    # What takes comes after what publishes, so that less has to be filled.
-    cases: dict[str, tuple[int, Callable[[], Run]]] = {
+    return {
         NO_OP: (0, partial(wrk, 64, f"{no_op.address}/data", FORM)),
         "POST, original design, 64": (0, partial(wrk, 64, f"{original.address}/data", FORM)),
         "GET, original design, 64": (500, partial(wrk, 64, f"{original.address}/receive")),
         "POST, management API, 64": (0, partial(wrk, 64, put_url, put, api)),
         "GET, management API, 64": (2000, partial(wrk, 64, take_url, take, api)),
+        "POST, raw pika, 1": (0, lambda: json.loads(peer("raw", SECONDS))),
+        **door_cases(publisher, subscriber),
     }
+
+
+def door_cases(publisher: App, subscriber: App) -> Cases:
+    """Return the doors' cases; what takes comes after what publishes, so that less is filled."""
+    cases: Cases = {}
     for count in 16, 64, 256:
         post = partial(wrk, count, f"{publisher.address}/data", FORM)
         get = partial(wrk, count, f"{subscriber.address}/receive")
         cases |= {f"POST /data, {count}": (0, post), f"GET /receive, {count}": (6000, get)}
-    cases["POST, raw pika, 1"] = (0, lambda: json.loads(peer("raw", SECONDS)))
     for count in 1, 4:
         post = partial(wrk, count, f"{publisher.address}/batch", LINE * 1000, NDJSON, per=1000)
         get = partial(wrk, count, f"{subscriber.address}/receive?max=1000", per=0)
@@ -326,33 +337,72 @@ def make_cases(
 
 def rounds() -> None:
     """Measure each case in each round, and print what came out."""
-    if not shutil.which("wrk"):
-        sys.exit("wrk, which makes the load, is missing: apt install wrk")
     with (
         doors() as (publisher, subscriber),
         app("no-op", PEERS, "no-op") as no_op,
         app("original", PEERS, "original") as original,
     ):
-        cases = make_cases(publisher, subscriber, no_op, original)
-        runs: dict[str, list[Run]] = {name: [] for name in cases}
-        for number in range(ROUNDS):
-            for name, (takes, once) in cases.items():
-                # A run that met an empty queue says nothing: more is filled in.
-                for enough in 1, 3, 9:
-                    peer("fill", enough * takes * SECONDS)
-                    time.sleep(1)  # for what the last one left to do
-                    run = once()
-                    if not run.get("empty"):
-                        break
-                if not takes and name != NO_OP:
-                    run["missing"] = max(0, run["messages"] - int(peer("depth")))
-                runs[name].append(run)
-                print(f"{number + 1}/{ROUNDS} {name}: {run}", file=sys.stderr)
+        runs = measure(make_cases(publisher, subscriber, no_op, original))
         print_figures(runs)
         print_reached(runs)
         print("\nMiB of each process, and the most that it had:")
         for name, door in ("publisher", publisher), ("subscriber", subscriber):
             print(f"{name} {door.memory()}, {door.memory('VmHWM')}")
+    check(runs)
+
+
+def beside(folder: str) -> None:
+    """Measure the doors of this checkout and those of the one in folder, in turn."""
+    root = Path(folder)
+    with (
+        doors() as (publisher, subscriber),
+        app("publisher", "-m", "publisher", root=root) as publisher_2,
+        app("subscriber", "-m", "subscriber", root=root) as subscriber_2,
+    ):
+        ones = door_cases(publisher, subscriber)
+        others = door_cases(publisher_2, subscriber_2)
+        runs = measure(
+            {
+                who + name: cases[name]
+                for name in ones
+                for who, cases in (("", ones), ("other ", others))
+            }
+        )
+    print(f"\n| Case, connections | This one | {folder} | Ratio | Least | Most |")
+    print("|---|---|---|---|---|---|")
+    for name in ones:
+        rates, rates_2 = figures(runs, name, "rate"), figures(runs, f"other {name}", "rate")
+        single = [one / two for one, two in zip(rates, rates_2, strict=True)]
+        print(
+            f"| {name} | {median(rates):,.0f} | {median(rates_2):,.0f} | {median(single):.2f}"
+            f" | {min(single):.2f} | {max(single):.2f} |"
+        )
+    check(runs)
+
+
+def measure(cases: Cases) -> dict[str, list[Run]]:
+    """Return by case what each round saw of it."""
+    if not shutil.which("wrk"):
+        sys.exit("wrk, which makes the load, is missing: apt install wrk")
+    runs: dict[str, list[Run]] = {name: [] for name in cases}
+    for number in range(ROUNDS):
+        for name, (takes, once) in cases.items():
+            # A run that met an empty queue says nothing: more is filled in.
+            for enough in 1, 3, 9:
+                peer("fill", enough * takes * SECONDS)
+                time.sleep(1)  # for what the last one left to do
+                run = once()
+                if not run.get("empty"):
+                    break
+            if not takes and name != NO_OP:
+                run["missing"] = max(0, run["messages"] - int(peer("depth")))
+            runs[name].append(run)
+            print(f"{number + 1}/{ROUNDS} {name}: {run}", file=sys.stderr)
+    return runs
+
+
+def check(runs: dict[str, list[Run]]) -> None:
+    """End with the names of the cases that were not as they should be."""
     bad = [name for name in runs if sum(figures(runs, name, "empty", "failed", "missing"))]
     if bad:
         sys.exit(f"There were empty answers, failures or losses: {'; '.join(bad)}")
@@ -504,6 +554,10 @@ if __name__ == "__main__":
     # The broker is removed then, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     modes = {(): rounds, ("memory",): memory, ("polls",): polls}
-    if tuple(sys.argv[1:]) not in modes:
-        sys.exit(__doc__)
-    modes[tuple(sys.argv[1:])]()
+    match sys.argv[1:]:
+        case ["beside", other]:
+            beside(other)
+        case [*words] if tuple(words) in modes:
+            modes[tuple(words)]()
+        case _:
+            sys.exit(__doc__)
