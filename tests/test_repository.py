@@ -48,6 +48,18 @@ def test_every_requirement_has_one_version_and_its_hashes(path: Path) -> None:
     assert [line for line in requirements if not re.fullmatch(pinned, line)] == []
 
 
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("molecule/*/molecule.yml")), ids=lambda path: path.parent.name
+)
+def test_a_scenario_leaves_k_to_the_user_and_names_tests_that_are_there(path: Path) -> None:
+    verifier = yaml.safe_load(path.read_text())["verifier"]
+    # It comes after the -k of PYTEST_ADDOPTS, and the last one counts.
+    assert "k" not in verifier.get("options", {})
+    # Molecule says nothing of one that is missing.
+    named = verifier.get("additional_files_or_dirs", [])
+    assert [name for name in named if not (path.parent / name).is_file()] == []
+
+
 def test_every_app_has_requirements() -> None:
     apps = {path.parent for path in ROOT.glob("apps/*/Dockerfile")}
     assert apps

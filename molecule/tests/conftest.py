@@ -54,10 +54,10 @@ except pika.exceptions.AMQPError as error:
 
 
 def host_variables() -> dict[str, Any]:
-    """Return what the scenario sets; its hosts share their variables."""
-    file = next((INVENTORY / "host_vars").glob("*.yml"))
-    values: dict[str, Any] = yaml.safe_load(file.read_text())
-    return values
+    """Return what the scenario sets for its host."""
+    files = [INVENTORY / "group_vars/brokers.yml", INVENTORY / "host_vars/broker1.yml"]
+    values = [yaml.safe_load(file.read_text()) for file in files]
+    return {name: value for each in values for name, value in each.items()}
 
 
 def variables() -> dict[str, Any]:

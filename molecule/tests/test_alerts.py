@@ -13,6 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from conftest import PROJECT, Stack, eventually
@@ -433,6 +434,18 @@ def load(stack: Stack) -> Iterator[None]:
         worker.join()
 
 
+def card(dom: str, graph: str) -> str:
+    found = re.search(rf'<(\w+)[^>]* id="{graph}".*?</\1>', dom, re.DOTALL)
+    assert found, f"{graph} is missing"
+    return found[0]
+
+
+def rates(dom: str) -> dict[str, float]:
+    """Return the last value of each line of the graph of messages in and out."""
+    text = text_of(card(dom, "messages"))
+    return {line: float(rate) for line, rate in re.findall(r"([a-z]+ed) ([\d.]+) /s", text)}
+
+
 # Last: by then, every graph has something to show.
 @pytest.mark.usefixtures("empty_queue")
 def test_the_page_of_graphs_shows_what_goes_on(stack: Stack, browser: Browser) -> None:
@@ -448,9 +461,7 @@ def test_the_page_of_graphs_shows_what_goes_on(stack: Stack, browser: Browser) -
         after = stack.alerts()
         browser.open("/consoles/stack.html", "graphs-phone", 390, 3200)
     for graph in graphs:
-        card = re.search(rf'<(\w+)[^>]* id="{graph}".*?</\1>', desktop, re.DOTALL)
-        assert card, f"{graph} is missing"
-        assert "stroke: var" in card[0], f"{graph} has no line"
+        assert "stroke: var" in card(desktop, graph), f"{graph} has no line"
     shown = text_of(desktop)
     assert re.search(r"Broker up Messages ready \d+ ", shown), shown
     assert "Watchdog" not in shown
@@ -458,3 +469,45 @@ def test_the_page_of_graphs_shows_what_goes_on(stack: Stack, browser: Browser) -
     listed = set(re.findall(r"(\w+) (?:pending|firing) (?:high|low|none)\b", shown))
     assert listed or "Alerts none" in shown, shown
     assert before & after <= {"Watchdog", *listed} <= before | after, shown
+
+
+@pytest.mark.usefixtures("empty_queue")
+def test_the_page_of_graphs_shows_the_queue_that_its_address_names(
+    stack: Stack, browser: Browser
+) -> None:
+    page, busy, idle = "/consoles/stack.html?queue=", stack.vars["stack_queue"], "orders"
+    published = f'rate(rabbitmq_queue_messages_published_total{{queue="{busy}"}}[1m])'
+    with load(stack):
+        eventually(
+            lambda: max(stack.query(published).values(), default=0) > 1,
+            60,
+            "the load is in Prometheus",
+        )
+        shown = browser.open(page + busy, "graphs-queue", 1280, 1120)
+        other = browser.open(page + idle, "graphs-other-queue", 1280, 1120)
+    offered = re.findall('<option value="([^"]*)"( selected)?', shown)
+    names = [name for name, _ in offered]
+    assert names[0] == ""
+    assert {queue["name"] for queue in stack.vars["stack_queues"]} <= {*names}
+    assert [name for name in names if name.endswith(".dead")] == []
+    assert [name for name, selected in offered if selected] == [busy]
+
+    depth = text_of(card(shown, "depth"))
+    for line in (f"{busy} ready", f"{busy}.dead ready", f"{busy} unacknowledged"):
+        assert line in depth
+    assert f"{idle} ready" not in depth
+    moved = {"received", "delivered", "acknowledged"}
+    assert {line for line, rate in rates(shown).items() if rate > 0} == moved
+    assert {line for line, rate in rates(other).items() if rate == 0} == moved
+    for tile in ("Messages ready", "In the dead queue"):
+        assert re.search(rf"{tile} of {idle} \d+ ", text_of(other))
+
+
+def test_the_page_of_graphs_takes_a_strange_queue_for_a_name(browser: Browser) -> None:
+    name = """x"} or vector(1) or x{y="\\<img src=x onerror="document.title='taken in'">"""
+    dom = browser.open(f"/consoles/stack.html?queue={quote(name)}", "graphs-strange", 1280, 1120)
+    assert "<title>Message broker</title>" in dom
+    assert f"Queue depth of {name}" in text_of(dom)
+    for graph in ("messages", "depth"):
+        assert "no data" in card(dom, graph)
+    assert "Prometheus refuses" not in text_of(dom)
