@@ -67,6 +67,7 @@ def prometheus_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
         "stack_queues": [{"name": "takeaway"}, {"name": "orders.eu"}],
         "monitoring_prometheus_alerts": {
             "RabbitMQBacklog": {"queues": {"orders.eu": 5000}},
+            "RabbitMQMessagesOld": {"queues": {"orders.eu": 7200}},
             "RabbitMQUnacknowledged": {"queues": {"orders.eu": 20}},
             "RabbitMQDeadLetters": {"queues": {"orders.eu.dead": 7}},
         },

@@ -125,8 +125,9 @@ class Overview:
         if CHANCE.random() < 0.1:
             raise BrokerUnavailable("The management API is away.")
         counts = dict.fromkeys(("ready", "unacknowledged", "dead"), CHANCE.choice((None, 0, 7)))
-        rates = {"in": CHANCE.choice((0, 0.5)), "out": 0}
-        return [{"name": name, **counts, "rates": rates} for name in names]
+        told = {"oldest": CHANCE.choice((None, 0, 7.5))}
+        told |= {"rates": {"in": CHANCE.choice((0, 0.5)), "out": 0}}
+        return [{"name": name, **counts, **told} for name in names]
 
 
 @pytest.fixture(scope="module", autouse=True)

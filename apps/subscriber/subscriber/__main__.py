@@ -18,7 +18,7 @@ def main() -> None:
 
     def make(memory: Memory) -> tuple[Application, Broker]:
         broker = Broker(settings, memory)
-        return create_app(broker, settings, memory), broker
+        return create_app(broker, settings, memory, watch=True), broker
 
     # A message is there as frames and as a body for a moment.
     serve("subscriber", make, settings.port, settings.memory_limit, reserve=2 * LARGEST_MESSAGE)

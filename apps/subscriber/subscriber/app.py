@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import gevent
 from common import events
 from door.access import RIGHTS
 from door.call import Answer, Call, json_answer
@@ -54,10 +55,15 @@ MAX_BATCHES = 3
 
 
 def create_app(
-    broker: Broker, settings: Settings, memory: Memory, sink: events.Sink | None = None
+    broker: Broker,
+    settings: Settings,
+    memory: Memory,
+    sink: events.Sink | None = None,
+    watch: bool = False,
 ) -> Flask:
     """Return the app that hands out broker's messages, by default with settings' collector.
 
+    With watch it looks at the queues while nobody asks, so that it knows how old messages are.
     Raises ConfigError when the file of the queues cannot be read.
     """
     if sink is None:
@@ -83,6 +89,8 @@ def create_app(
         ("POST", "/queues/{queue}/dead/redrive"): door.redrive,
     }
     equip(app, broker, sink, topology, routes)
+    if watch:
+        gevent.spawn(door.watch)
 
     @app.get("/")
     def welcome() -> Response:
@@ -114,7 +122,7 @@ class Subscriber:
         # One that was removed from the file stays, for what was leased.
         self._counters: dict[str, Counter] = {}
         self._batches = BoundedSemaphore(MAX_BATCHES)
-        self._overview = Overview(settings, memory)
+        self._overview = Overview(settings, memory, topology)
 
     def receive(self, call: Call) -> Answer:
         """Hand over the next message, or many."""
@@ -256,6 +264,10 @@ class Subscriber:
         ]
         call.hold(TOLD * len(names))
         return json_answer(200, {"queues": self._overview.tell(names)})
+
+    def watch(self) -> None:
+        """Look at the queues now and then, for ever."""
+        self._overview.watch()
 
 
 def nobody_waits() -> None:

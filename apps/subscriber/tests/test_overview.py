@@ -6,6 +6,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,19 +15,24 @@ from typing import Any
 import gevent
 import pytest
 from common.environment import ConfigError, Environment
+from door import topology
 from door.memory import Memory
 from door.settings import BrokerSettings
+from door.topology import Topology
 from flask.testing import FlaskClient
+from prometheus_client.parser import text_string_to_metric_families
 from subscriber import overview
 from subscriber.app import create_app
 from subscriber.broker import Broker
+from subscriber.overview import Overview
 from subscriber.settings import Settings
 
 PASSWORD = "p\u00e4ss"
 BROKER = BrokerSettings(user="subscriber", password=PASSWORD)
 NAMES = ["pizza", "audit", "takeaway"]
 RIGHTS = ("send", "receive", "manage")
-UNKNOWN = {"ready": None, "unacknowledged": None, "dead": None, "rates": {"in": 0, "out": 0}}
+UNKNOWN: dict[str, Any] = {"ready": None, "unacknowledged": None, "dead": None, "oldest": None}
+UNKNOWN |= {"rates": {"in": 0, "out": 0}}
 
 
 class Api:
@@ -98,6 +104,23 @@ def row(name: str, ready: int, unacknowledged: int = 0, **rates: float) -> dict[
     return {"name": name, **counts, "message_stats": stats}
 
 
+class Clock:
+    """The overview's time, which stands still until somebody moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(overview, "time", clock)
+    return clock
+
+
 def told(client: FlaskClient, **headers: str) -> Any:
     answer = client.get("/queues", headers=headers)
     assert answer.status_code == 200, answer.text
@@ -130,10 +153,18 @@ def test_each_queue_of_the_list_is_told_by_its_name(client: FlaskClient, api: Ap
             "ready": 0,
             "unacknowledged": 0,
             "dead": 0,
+            "oldest": 0,
             "rates": {"in": 7, "out": 0},
         },
         {"name": "pizza", **UNKNOWN},
-        {"name": "takeaway", "ready": 3, "unacknowledged": 2, "dead": 5, "rates": rates},
+        {
+            "name": "takeaway",
+            "ready": 3,
+            "unacknowledged": 2,
+            "dead": 5,
+            "oldest": 0,
+            "rates": rates,
+        },
     ]
 
 
@@ -149,8 +180,11 @@ def test_the_door_asks_for_no_more_than_it_tells_by_its_own_name(
     told(client)
     ((path, login),) = api.asked
     assert path == (
-        "/api/queues/%2F?columns=name,messages_ready,messages_unacknowledged,"
-        "message_stats.publish_details.rate,message_stats.deliver_get_details.rate"
+        "/api/queues/%2F?columns=name,messages_ready,messages_unacknowledged,message_bytes_ready,"
+        "message_stats.publish,"
+        "message_stats.publish_details.rate,message_stats.deliver_get_details.rate,"
+        "message_stats.ack,message_stats.get_no_ack,message_stats.deliver_no_ack,"
+        "effective_policy_definition.max-length,effective_policy_definition.max-length-bytes"
     )
     assert login == f"Basic {b64encode(f'subscriber:{PASSWORD}'.encode()).decode()}"
 
@@ -280,6 +314,157 @@ def test_without_an_address_it_says_what_to_set(path: Path) -> None:
 def test_a_parameter_is_not_known(client: FlaskClient, api: Api) -> None:
     assert client.get("/queues?name=pizza").status_code == 400
     assert api.asked == []
+
+
+def counted(name: str, ready: int, limits: dict[str, int] | None = None, **stats: int) -> Any:
+    """Return a row with messages of 10 bytes, a policy's limits, and counts since the start."""
+    policy = limits or []
+    more = {"message_bytes_ready": 10 * ready, "effective_policy_definition": policy}
+    return row(name, ready) | more | {"message_stats": stats}
+
+
+def oldest(client: FlaskClient, clock: Clock, api: Api, *rows: Any) -> Any:
+    """Return the age that is told of the queue audit, 10 seconds later, when the API tells rows."""
+    clock.now += 10
+    api.rows = list(rows)
+    return told(client)[0]["oldest"]
+
+
+def gauges(client: FlaskClient) -> dict[str, float]:
+    """Return the ages in the metrics, by queue."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        sample.labels["queue"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "queue_oldest_message_age_seconds"
+    }
+
+
+def test_the_age_of_the_oldest_message_is_told_until_it_was_taken(
+    client: FlaskClient, api: Api, clock: Clock
+) -> None:
+    see = partial(oldest, client, clock, api)
+    assert see(counted("audit", 0)) == 0
+    assert see(counted("audit", 1, publish=1)) == 10
+    assert see(counted("audit", 2, publish=2)) == 20
+    assert see(counted("audit", 1, publish=2, ack=1)) == 20
+    assert see(counted("audit", 1, publish=2, ack=1)) == 30
+    assert see(counted("audit", 0, publish=2, ack=2)) == 0
+
+
+def test_an_age_is_not_told_while_the_broker_has_no_counts_and_grows_meanwhile(
+    client: FlaskClient, api: Api, clock: Clock
+) -> None:
+    see = partial(oldest, client, clock, api)
+    assert see(counted("audit", 0)) == 0
+    assert see(counted("audit", 1, publish=1)) == 10
+    assert see({"name": "audit"}) is None
+    assert see() is None
+    clock.now += 10
+    api.status = 503
+    fails(client, "HTTP 503")
+    api.status = 200
+    assert see(counted("audit", 1, publish=1)) == 50
+
+
+@pytest.mark.parametrize("limits", [{"max-length": 10}, {"max-length": 99, "max-length-bytes": 99}])
+@pytest.mark.parametrize("way", ["ack", "get_no_ack", "deliver_no_ack", "dead", "dead and acked"])
+def test_what_a_full_queue_refuses_makes_its_oldest_message_no_younger(
+    client: FlaskClient, api: Api, clock: Clock, limits: dict[str, int], way: str
+) -> None:
+    def see(ready: int, published: int, left: int) -> Any:
+        stats = {way: left, "publish": published}
+        dead = {
+            "dead": row("audit.dead", left),
+            "dead and acked": counted("audit.dead", 0, ack=left),
+        }
+        rows = [counted("audit", ready, limits, **stats), dead.get(way, row("audit.dead", 0))]
+        return oldest(client, clock, api, *rows)
+
+    assert see(0, 0, 0) == 0
+    assert see(10, 20, 0) == 10
+    assert see(10, 120, 0) == 20
+    # Two that have left made room for two.
+    assert see(10, 220, 2) == 30
+    assert see(8, 320, 4) == 40
+    # All of the first ten are gone.
+    assert see(8, 326, 10) == 30
+
+
+def test_what_expires_in_a_queue_that_is_not_full_makes_room_for_the_next(
+    client: FlaskClient, api: Api, clock: Clock
+) -> None:
+    see = partial(oldest, client, clock, api)
+    see(counted("audit", 0, {"max-length": 10}))
+    for number in range(5, 50, 5):
+        assert see(counted("audit", 5, {"max-length": 10}, publish=number)) == 10
+
+
+def test_the_metrics_have_the_ages_of_the_queues_of_the_list(
+    client: FlaskClient, api: Api, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "LOOK", 0)
+    rows = [counted(name, 0) for name in ("audit", "audit.dead", "pizza", "somebody.else.s")]
+    assert oldest(client, clock, api, *rows) == 0
+    rows[0] = counted("audit", 1, publish=1)
+    assert oldest(client, clock, api, *rows) == 10
+    assert gauges(client) == {"audit": 10, "pizza": 0}
+    path.write_text(json.dumps({"queues": ["pizza", "takeaway"], "topics": ["events"]}))
+    assert oldest(client, clock, api, *rows) == 0
+    assert gauges(client) == {"pizza": 0}
+    clock.now += 10
+    api.status = 503
+    fails(client, "HTTP 503")
+    assert gauges(client) == {}
+
+
+def test_the_queues_are_watched_while_nobody_asks_and_each_new_reason_why_not_is_logged_once(
+    client: FlaskClient,
+    api: Api,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(overview, "WATCH", 0.01)
+    monkeypatch.setattr(overview, "KEPT", 0)
+    settings = Settings(BROKER, management_url=api.url, receive_timeout=1)
+    watched = Overview(settings, Memory(2**40), Topology("audit"))
+
+    def asked(times: int) -> None:
+        """Wait until the API was asked so often, and has answered."""
+        until = len(api.asked) + times
+        deadline = time.monotonic() + 5
+        while len(api.asked) < until:
+            assert time.monotonic() < deadline
+            gevent.sleep(0.01)
+
+    api.rows = [counted("audit", 7)]
+    watch = gevent.spawn(watched.watch)
+    try:
+        asked(3)
+        assert 0 < gauges(client)["audit"] < 5
+        for api.status in (503, 401, 200, 401):
+            asked(5)
+        assert gauges(client) == {}
+    finally:
+        watch.kill()
+    why = [record.getMessage().rpartition(": ")[2] for record in caplog.records]
+    assert why == ["HTTP 503", "HTTP 401", "HTTP 401"]
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_only_the_door_s_own_process_watches(monkeypatch: pytest.MonkeyPatch, watch: bool) -> None:
+    watched: list[Overview] = []
+    monkeypatch.setattr(Overview, "watch", lambda self: watched.append(self))
+    settings = Settings(BROKER)
+    memory = Memory(2**40)
+    create_app(Broker(settings, memory), settings, memory, None, watch=watch)
+    gevent.sleep(0)
+    assert len(watched) == watch
+
+
+def test_without_an_address_nobody_watches() -> None:
+    Overview(Settings(BROKER), Memory(2**40), Topology("audit")).watch()
 
 
 ENVIRONMENT = {"RABBITMQ_USER": "u", "RABBITMQ_PASSWORD": "p"}
