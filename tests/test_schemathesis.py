@@ -82,7 +82,7 @@ class Queue:
             raise BrokerUnavailable("The broker is away.")
         return [self.message() for _ in range(min(want, CHANCE.randrange(4)))]
 
-    look = get
+    look = peek = get
 
     def redrive(self, most: int) -> int:
         return len(self.get(most))

@@ -72,6 +72,22 @@ def test_a_queue_has_its_own_limits_and_its_own_dead_queue(stack: Stack) -> None
     assert receive(stack, "orders", "&wait=5") == ["bad"]
 
 
+def test_a_peek_leaves_the_messages_to_the_next_receiver(stack: Stack) -> None:
+    assert post(stack, "/queues/orders/batch", '"one"\n"two"\n"three"').json == {"sent": 3}
+    # More often than orders may give a message back (max_deliveries).
+    for _ in range(5):
+        answer = stack.http("apps_subscriber_port", "/queues/orders/messages/peek?max=2")
+        assert answer.status == 200, answer.text
+        lines = [json.loads(line) for line in answer.text.splitlines()]
+        assert [(one["body"], one["redelivered"]) for one in lines] == [
+            ("one", False),
+            ("two", False),
+        ]
+    assert receive(stack, "orders") == ["one", "two", "three"]
+    assert stack.http("apps_subscriber_port", "/queues/orders/messages/peek").status == 204
+    assert stack.http("apps_subscriber_port", "/queues/orders/dead").status == 204
+
+
 def test_a_purge_drops_what_waits_in_its_queue_alone(stack: Stack) -> None:
     assert post(stack, "/queues/orders/batch", '"leased"\n"two"\n"three"').json == {"sent": 3}
     assert stack.send("another").status == 201

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,9 @@ MAX_MESSAGES = 10_000
 MAX_WAIT = 20
 MAX_REQUEST = 1024 * 1024
 MAX_IDS = 1000
+# Messages, and bytes of them as JSON, that a peek shows; they are held until they are received.
+MAX_PEEKED = 100
+MAX_PEEKED_BYTES = 1024 * 1024
 MAX_ID = 255
 # Most bytes of memory that one byte of JSON takes once it is parsed; `{},` is the worst case.
 PARSED = 24
@@ -81,6 +85,7 @@ def create_app(
         ("GET", "/queues"): door.overview,
         ("GET", "/queues/{queue}/messages"): door.receive,
         ("DELETE", "/queues/{queue}/messages"): door.purge,
+        ("GET", "/queues/{queue}/messages/peek"): door.peek,
         ("POST", "/queues/{queue}/ack"): door.ack,
         ("POST", "/queues/{queue}/reject"): door.reject,
         ("POST", "/queues/{queue}/extend"): door.extend,
@@ -184,6 +189,19 @@ class Subscriber:
             raise
         return deliveries
 
+    def peek(self, call: Call) -> Answer:
+        """Show the next messages, and leave them for who receives."""
+        call.event.fields["event"] = "peek"
+        queue = self._counter(call, "manage").queue
+        most = number(call.query("max"), "max", 1, MAX_PEEKED, absent=1)
+        room = min(MAX_PEEKED_BYTES, self._settings.max_batch_bytes)
+        with self._batches:
+            found = queue.peek(most, room, call.client.address)
+        # The message itself may be received, and give its memory back, before this is written.
+        call.hold(sum(one.weight for one in found))
+        call.event.fields["messages"] = len(found)
+        return show(found)
+
     def ack(self, call: Call) -> Answer:
         """Take leased messages off the queue."""
         counter = self._counter(call)
@@ -216,11 +234,7 @@ class Subscriber:
         with self._batches:
             found = dead.look(most, self._settings.max_batch_bytes)
         grant.resize(before + sum(one.weight for one in found))
-        if not found:
-            return nothing(LINES)
-        length = sum(one.length() for one in found)
-        headers = [("Content-Type", LINES), ("Content-Length", str(length)), NO_STORE]
-        return Answer(200, headers, lines((one, None) for one in found))
+        return show(found)
 
     def redrive(self, call: Call) -> Answer:
         """Send messages of the dead queue back to where they came from: the oldest, or by ids."""
@@ -295,6 +309,15 @@ def nothing(kind: str) -> Answer:
         return Answer(204, [NO_STORE], [])
     headers = [("Content-Type", TEXT), ("Content-Length", str(len(EMPTY))), NO_STORE]
     return Answer(200, headers, [EMPTY])
+
+
+def show(found: Collection[Delivery]) -> Answer:
+    """Answer what was found, without receipts."""
+    if not found:
+        return nothing(LINES)
+    length = sum(one.length() for one in found)
+    headers = [("Content-Type", LINES), ("Content-Length", str(length)), NO_STORE]
+    return Answer(200, headers, lines((one, None) for one in found))
 
 
 def number(query: dict[str, str], name: str, least: int, most: int, absent: int) -> int:

@@ -10,11 +10,9 @@ import werkzeug.exceptions
 from door.memory import Memory, OutOfMemory
 
 from subscriber.delivery import Delivery, Handle
+from subscriber.held import LONGEST
 from subscriber.queue import Queue
 
-# Seconds that a message can be held however often its lease is extended: RabbitMQ closes the
-# channel of one that is unsettled for 1,800.
-LONGEST = 1700
 # Seconds between two looks for leases that have ended.
 TICK = 0.5
 # Random bytes of a receipt, so that none can be guessed.

@@ -99,6 +99,11 @@ class Line:
         """How many requests wait although the queue is empty."""
         return len(self._patient)
 
+    @property
+    def first(self) -> Delivery | None:
+        """The first message that is held, if any is."""
+        return self._held[0][1] if self._held else None
+
     def serve(self, waiter: Waiter) -> None:
         """Give waiter what is held here."""
         while self._held and not waiter.done.is_set():

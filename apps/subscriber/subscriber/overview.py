@@ -61,8 +61,9 @@ PARSED = 8
 class Management:
     """The broker's management API, asked one question at a time."""
 
-    def __init__(self, url: str, broker: BrokerSettings, timeout: float) -> None:
-        """Ask at url as broker's user; an answer is overdue after timeout seconds."""
+    def __init__(self, url: str, broker: BrokerSettings, timeout: float, path: str = PATH) -> None:
+        """Ask for path at url as broker's user; an answer is overdue after timeout seconds."""
+        self._path = path
         place = urlsplit(url)
         self._host, self._port = place.hostname or "", place.port or 80
         # surrogateescape: the bytes of the environment, UTF-8 or not.
@@ -72,7 +73,7 @@ class Management:
         self._question: AsyncResult | None = None
 
     def ask(self) -> bytes:
-        """Return what is told of all queues, as JSON; raises BrokerUnavailable.
+        """Return what is told, as JSON; raises BrokerUnavailable.
 
         A question that is overdue is waited for again before the next one is asked: its thread
         cannot be stopped.
@@ -91,7 +92,7 @@ class Management:
         """Ask, in a thread of its own. What gevent would print of an error is returned."""
         connection = HTTPConnection(self._host, self._port, timeout=self._timeout)
         try:
-            connection.request("GET", PATH, headers=self._headers)
+            connection.request("GET", self._path, headers=self._headers)
             answer = connection.getresponse()
             if answer.status != 200:
                 return HTTPException(f"HTTP {answer.status}")

@@ -21,14 +21,18 @@ The way of a message, from the route to the acknowledgement:
     Settler.settle          sends the basic.ack, at the end of the turn of the event loop in which
                             Queue.ack was called, or of the burst under way.
 
+app.Subscriber.peek takes messages the same way, by Queue.peek, which hands them to Line at once.
+What Line holds is given back to the broker by Held, when another program consumes the queue.
+
 A lease ends by app.Subscriber.ack or reject, or by Leases._expire: Queue.ack or Queue.reject.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 
 from door import BrokerUnavailable
 from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link
@@ -37,12 +41,18 @@ from door.memory import OutOfMemory
 from subscriber.channel import Answers, own_channel
 from subscriber.delivery import Delivery, Handle
 from subscriber.fetch import Fetch
+from subscriber.held import Consumers, Held
 from subscriber.line import Line, Waiter
 from subscriber.settings import Settings
 from subscriber.settle import Settler
 from subscriber.shared import Shared
 
 log = logging.getLogger(__name__)
+
+# Share of the memory beyond which no peek takes further messages off the queue. What it took may be
+# held for long. However many queues are peeked at, that is little more than this share, and the
+# rest is left for those who receive.
+PEEKS = 0.25
 
 
 class Queue:
@@ -62,6 +72,7 @@ class Queue:
         self._name = name
         self._link = link
         self._timeout = settings.receive_timeout
+        self._memory = shared.memory
         self._polls = shared.polls
         # The channel that is being opened, and since when.
         self._opening: Channel | None = None
@@ -69,6 +80,7 @@ class Queue:
         self._line = Line()
         self._settler = Settler(self)
         self._fetch = Fetch(self, name, self._timeout, shared, self._line, self._settler)
+        self._held = Held(self._line, self._settler, Consumers(name, settings))
         self._finishing = False
         self._logged = ""
 
@@ -106,6 +118,24 @@ class Queue:
             raise waiter.error
         return waiter.deliveries
 
+    def peek(self, most: int, room: float, address: str = "") -> list[Delivery]:
+        """Return copies of the next messages, at most most and, but for the first, of room bytes.
+
+        The messages stay for the next requests. They are not given back to the broker, which would
+        count it. Each is got alone: a burst may bring more than fits. Raises what get() does.
+        """
+        found: list[Delivery] = []
+        try:
+            while len(found) < most and room > 0 and self._may_peek(found):
+                got = self.get(room=room if found else math.inf, address=address)
+                if not got:
+                    break
+                found += got
+                room -= got[0].size
+            return [copy(one) for one in found]
+        finally:
+            self._put_back(found)
+
     def holds(self, one: Delivery | Handle) -> bool:
         """Whether one can still be settled; after a lost channel it comes again."""
         return self._settler.holds(one)
@@ -116,12 +146,7 @@ class Queue:
 
     def release(self, deliveries: Iterable[Delivery]) -> None:
         """Hand deliveries to the next requests, in their order; they may have been seen before."""
-        for delivery in sorted(deliveries, key=lambda one: one.tag):
-            if self.holds(delivery):
-                delivery.redelivered = True
-                self._line.hand_out(delivery)
-            else:
-                delivery.close()
+        self._put_back(deliveries, redelivered=True)
 
     def reject(self, some: Iterable[Delivery | Handle], requeue: bool) -> None:
         """Give some back to the queue, or to the dead ones; both are counted by the broker."""
@@ -187,9 +212,26 @@ class Queue:
             self._opening.add_on_close_callback(self._closed)
             self._since = time.monotonic()
 
+    def _may_peek(self, found: Collection[Delivery]) -> bool:
+        """Whether there is memory for one more message than found; OutOfMemory if not for one."""
+        if self._line.first or self._memory.held < PEEKS * self._memory.size:
+            return True
+        if not found:
+            raise OutOfMemory
+        return False
+
+    def _put_back(self, deliveries: Iterable[Delivery], redelivered: bool = False) -> None:
+        for delivery in sorted(deliveries, key=lambda one: one.tag):
+            if self.holds(delivery):
+                delivery.redelivered |= redelivered
+                self._line.hand_out(delivery)
+            else:
+                delivery.close()
+
     def _opened(self, channel: Channel) -> None:
         self.channel, self._opening = channel, None
         self._fetch.opened(channel)
+        self._held.watch()
         self._link.alive()
         self._fetch.soon()
 

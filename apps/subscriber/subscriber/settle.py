@@ -86,6 +86,8 @@ class Settler:
         """Begin without any message."""
         self._link = link
         self._unsettled = Unsettled()
+        # Tags of those that are given back without having been with a client.
+        self._unused: set[int] = set()
         self._due = self._paused = False
         # When the broker was last told of any, by time.monotonic().
         self.told = 0.0
@@ -108,6 +110,13 @@ class Settler:
         self._unsettled.reject(self._tags(some), requeue)
         self._soon()
 
+    def give_back(self, some: Iterable[Delivery | Handle]) -> None:
+        """Give back to the queue some that no client had; before RabbitMQ 4.3 that counts, too."""
+        tags = list(self._tags(some))
+        self._unused.update(tags)
+        self._unsettled.reject(tags, requeue=True)
+        self._soon()
+
     def pause(self) -> None:
         """Tell the broker nothing before resume()."""
         self._paused = True
@@ -120,6 +129,7 @@ class Settler:
     def lost(self) -> None:
         """Forget all: their channel is gone."""
         self._unsettled.clear()
+        self._unused.clear()
         self._paused = False
 
     def settle(self) -> None:
@@ -135,7 +145,12 @@ class Settler:
             for tag, multiple in acks:
                 channel.basic_ack(tag, multiple)
             for tag, requeue in rejections:
-                channel.basic_reject(tag, requeue)
+                # Since RabbitMQ 4.3 a nack is not counted; a rejection always is.
+                if tag in self._unused:
+                    channel.basic_nack(tag, requeue=requeue)
+                else:
+                    channel.basic_reject(tag, requeue)
+        self._unused.clear()
         self.told = time.monotonic()
 
     def _tags(self, some: Iterable[Delivery | Handle]) -> Iterator[int]:

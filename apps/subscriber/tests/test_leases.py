@@ -13,7 +13,8 @@ from door.memory import Memory, OutOfMemory
 from pika.spec import Basic
 from subscriber.broker import Broker
 from subscriber.delivery import Delivery
-from subscriber.leases import LONGEST, Gone, Leases
+from subscriber.held import LONGEST
+from subscriber.leases import Gone, Leases
 from subscriber.queue import Queue
 
 from .conftest import Rabbit, Wire

@@ -118,3 +118,22 @@ def test_a_lost_connection_ends_a_pause_and_what_was_to_be_told(
     settler.ack([Handle(1, channel, 0)])
     gevent.idle()
     assert told == [(1, True)]
+
+
+def test_what_no_client_had_is_told_by_a_nack_and_a_tag_of_the_next_channel_is_another_s(
+    settler: Settler, channel: Any
+) -> None:
+    told: list[tuple[str, int, bool]] = []
+    channel.basic_nack = lambda tag, requeue: told.append(("nack", tag, requeue))
+    channel.basic_reject = lambda tag, requeue: told.append(("reject", tag, requeue))
+    settler.reject([Handle(3, channel, 0)], requeue=True)
+    settler.give_back([Handle(tag, channel, 0) for tag in (1, 2)])
+    gevent.idle()
+    assert told == [("nack", 1, True), ("nack", 2, True), ("reject", 3, True)]
+    settler.add(4)
+    settler.give_back([Handle(4, channel, 0)])
+    settler.lost()
+    settler.add(4)
+    settler.reject([Handle(4, channel, 0)], requeue=True)
+    gevent.idle()
+    assert told[3:] == [("reject", 4, True)]
