@@ -17,7 +17,8 @@ from door.memory import Memory
 from flask import Flask
 from pika.spec import BasicProperties
 from publisher.app import create_app as create_publisher
-from publisher.broker import Message, Target, Unconfirmed
+from publisher.broker import Unconfirmed
+from publisher.message import Message, Target
 from publisher.settings import Settings as PublisherSettings
 from subscriber.app import create_app as create_subscriber
 from subscriber.delivery import Delivery

@@ -12,7 +12,8 @@ from prometheus_client import Counter
 from werkzeug.exceptions import abort
 
 from publisher import payload
-from publisher.broker import Message, Target, Unconfirmed
+from publisher.broker import Unconfirmed
+from publisher.message import Message, Target
 from publisher.payload import MAX_SHORT
 from publisher.settings import Settings
 

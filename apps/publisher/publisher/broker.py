@@ -2,23 +2,23 @@
 """Confirmed publishing: a message counts as sent once the broker confirmed it.
 
 Requests put their messages into an outbox and wait. One flush a turn of the event loop sends some
-of each, and a confirm settles one message or all up to it (https://www.rabbitmq.com/docs/confirms).
+of each, by the outlets of their exchanges: what ends an exchange's channel fails no other's
+requests.
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
+import gevent
 from door import BrokerUnavailable
-from door.access import CLIENT_HEADER
-from door.amqp import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties, Channel, Link, Method
+from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link, Method
 from door.metrics import BROKER_UP
-from gevent import get_hub
-from gevent.event import Event
 
+from publisher.message import Message, Target
+from publisher.outlet import UNKNOWN, UNSENT, InFlight, Outlet, Sending
 from publisher.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,32 +31,8 @@ MAX_TURN, MAX_TURN_BYTES = 10, 64 * 1024
 WINDOW, WINDOW_BYTES = 1000, 8 * 1024 * 1024
 # While pika keeps more bytes than this, as the broker does not read them, nothing is sent.
 MAX_UNWRITTEN = 1024 * 1024
-
-UNSENT = "the message was not published"
-UNKNOWN = "whether the message was published is unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What is published: body, id, content type and encoding (None: not told), and headers."""
-
-    body: bytes
-    id: str
-    content_type: str | None = "text/plain"
-    headers: dict[str, str] = field(default_factory=dict)
-    content_encoding: str | None = None
-
-
-class Target(NamedTuple):
-    """Where the messages of a request go: an exchange, and their routing key there.
-
-    Whoever sends to a topic does not know whether anybody subscribed: it may drop what matches no
-    subscription. A queue may not.
-    """
-
-    exchange: str
-    key: str
-    topic: bool = False
+# Seconds until the next look at that, where no confirm is to come.
+PAUSE = 0.02
 
 
 class Unconfirmed(BrokerUnavailable):
@@ -68,73 +44,33 @@ class Unconfirmed(BrokerUnavailable):
         self.certain = certain
 
 
-class _Sending:
-    """The messages of one request on their way to the broker."""
-
-    __slots__ = ("confirmed", "done", "dropped", "error", "left", "messages", "sent", "target")
-
-    def __init__(self, messages: Sequence[Message], target: Target) -> None:
-        self.messages = messages
-        self.target = target
-        # How many a topic dropped.
-        self.dropped = 0
-        self.sent = 0
-        self.left = len(messages)
-        self.confirmed = bytearray(len(messages))
-        self.error: str | None = None
-        self.done = Event()
-
-    def settle(self, index: int, error: str | None) -> None:
-        """Note the broker's answer to one message; the last one lets the request go on."""
-        if error is None:
-            self.confirmed[index] = 1
-        else:
-            self.error = self.error or error
-        self.left -= 1
-        if not self.left:
-            self.done.set()
-
-    def fail(self, error: str) -> None:
-        """Let the request go on at once, with what is confirmed by now."""
-        if not self.done.is_set():
-            self.error = self.error or error
-            self.done.set()
-
-    @property
-    def certain(self) -> int:
-        """How many messages from the first on are confirmed."""
-        end = self.confirmed.find(0)
-        return len(self.messages) if end < 0 else end
-
-
 class Broker(Link):
-    """A connection to RabbitMQ that publishes with confirms."""
+    """A connection to RabbitMQ that publishes with confirms, by a channel for each exchange.
+
+    A channel is opened for the exchange's first request, and anew for the next one after it was
+    closed. The main channel carries no message: that it is open says that the broker can be used.
+    """
 
     def __init__(self, settings: Settings) -> None:
         """Prepare for settings; nothing connects before start()."""
         super().__init__(settings.broker, "publisher")
         self._settings = settings
-        self._user = settings.broker.user
         self._blocked = False
+        # Exchange → its outlet, which may still be opening.
+        self._outlets: dict[str, Outlet] = {}
+        self._in_flight = InFlight()
+        # Exchange → why its channel was given up, as it was last logged.
+        self._reasons: dict[str, str] = {}
         # Requests without a turn yet, and requests that have had one and have messages left.
-        self._fresh: deque[_Sending] = deque()
-        self._begun: deque[_Sending] = deque()
+        self._fresh: deque[Sending] = deque()
+        self._begun: deque[Sending] = deque()
         # Whether the next flush serves _begun alone, because the last one had no room for it.
         self._owed = False
         self._flush_due = False
-        # Delivery tag → message, in the order of publishing, so that a multiple ack is a prefix.
-        self._unconfirmed: dict[int, tuple[_Sending, int]] = {}
-        self._unconfirmed_bytes = 0
-        # Target and id → why it was returned, and the last tag published by then. basic.return has
-        # no delivery tag: every message in flight with that id to that target counts as returned.
-        self._returned: dict[tuple[str, str, str], tuple[str, int]] = {}
-        self._tag = 0
-        # Counts confirms and new channels. While it stays the same, the broker is silent.
-        self._signs = 0
 
     @property
     def up(self) -> bool:
-        """Whether a message can be published now: connected, confirms on, not blocked."""
+        """Whether a message can be published now: connected and not blocked."""
         return self.channel is not None and not self._blocked
 
     def publish(self, messages: Sequence[Message], target: Target) -> int:
@@ -143,65 +79,120 @@ class Broker(Link):
         Returns how many of them the topic dropped, as they match no subscription.
 
         Raises Unconfirmed at once when the broker is away, blocks or silent; when it nacks a
-        message, or returns one that is for a queue; when the connection ends or blocks while
-        waiting; and when a time-out passes without a confirm of these messages, which renews the
-        connection if nothing else was confirmed meanwhile. What is not confirmed may still be in
-        the queue.
+        message, or returns one that is for a queue; when the connection or the exchange's channel
+        ends, or the connection blocks, while waiting; and when a time-out passes without a confirm
+        of these messages, which renews the channel if nothing else was confirmed on it meanwhile,
+        and the connection if nothing was at all. What is not confirmed may still be in the queue.
         """
         if not self.up:
             state = "is not connected" if self.channel is None else "blocks publishers"
             raise Unconfirmed(f"The broker {state}; {UNSENT}.")
-        sending = _Sending(messages, target)
-        self._fresh.append(sending)
-        self._flush_soon()
-        signs, left = self._signs, sending.left
+        outlet = self._outlets.get(target.exchange) or self._open(target.exchange)
+        sending = Sending(messages, target, outlet)
+        if outlet.ready:
+            self._fresh.append(sending)
+            self._flush_soon()
+        else:
+            outlet.waiting.append(sending)
+        since, left = time.monotonic(), sending.left
         while not sending.done.wait(self._settings.confirm_timeout):
             if sending.left == left:
-                self._time_out(sending, silent=self._signs == signs)
-            signs, left = self._signs, sending.left
+                self._time_out(sending, since)
+            since, left = time.monotonic(), sending.left
         if sending.error is not None:
             raise Unconfirmed(sending.error, sending.certain)
         return sending.dropped
 
-    def _time_out(self, sending: _Sending, silent: bool) -> None:
-        """Give sending up, and the connection if it is silent.
+    def _open(self, exchange: str) -> Outlet:
+        """Open a channel for exchange's messages."""
+        connection = self.channel.connection  # type: ignore[union-attr]
+        user = self._settings.broker.user
+        try:
+            outlet = Outlet(exchange, connection, user, self._in_flight, self)
+        except AMQPError as error:
+            raise Unconfirmed(f"The broker opens no channel ({error!r}); {UNSENT}.") from None
+        self._outlets[exchange] = outlet
+        return outlet
 
-        A silent connection is renewed rather than waited for: a confirm that got lost would keep
-        it silent for ever.
+    def _time_out(self, sending: Sending, since: float) -> None:
+        """Give sending up, and the connection or the channel if it is silent since then.
+
+        What is silent is renewed rather than waited for: a confirm that got lost would keep it
+        silent for ever.
         """
         reason = f"no confirm in {self._settings.confirm_timeout} s"
         sending.fail(f"The broker sent {reason}; {UNKNOWN if sending.sent else UNSENT}.")
-        if silent:
+        if self.heard < since:
             self.drop(BrokerUnavailable(reason))
+        elif sending.outlet.silent(since):
+            self._give_up(sending.outlet, f"The broker sent {reason}")
 
     # What follows runs in the hub.
 
     def opened(self, channel: Channel) -> None:
-        """Ask for confirms on channel."""
+        """Let requests come, which open channels of their own."""
         connection = channel.connection
         connection.add_on_connection_blocked_callback(self._on_blocked)
         connection.add_on_connection_unblocked_callback(self._on_unblocked)
-        channel.add_on_return_callback(self._on_return)
-        channel.confirm_delivery(self._on_confirm, callback=lambda _: self._confirms_on(channel))
+        self.ready(channel)
 
     def lost(self, reason: object) -> None:
         """Fail every waiting request."""
         super().lost(reason)
         self._blocked = False
-        self._give_up_all("The connection to the broker was lost")
-        self._unconfirmed.clear()
-        self._unconfirmed_bytes = 0
-        self._returned.clear()
+        outlets = self._outlets.values()
+        self._fail("The connection to the broker was lost", outlets)
+        for outlet in outlets:
+            outlet.forget()
+        self._outlets.clear()
 
-    def _confirms_on(self, channel: Channel) -> None:
-        self._tag = 0
-        self._signs += 1
-        self.ready(channel)
+    def confirmed(self) -> None:
+        """Take note that the broker confirms messages; there may be room for more."""
+        self.alive()
+        self._flush_soon()
+
+    def outlet_ready(self, outlet: Outlet) -> None:
+        """Let the requests that wait for outlet have their turns."""
+        self._fresh.extend(outlet.waiting)
+        outlet.waiting.clear()
+        self._flush_soon()
+
+    def outlet_closed(self, outlet: Outlet, reason: ChannelClosedByBroker) -> None:
+        """Fail the requests of outlet; the next one has another one."""
+        why = f"{reason.reply_code} {reason.reply_text}"
+        self._give_up(outlet, f"The broker closed the channel ({why})")
+
+    def _give_up(self, outlet: Outlet, what: str) -> None:
+        """Use outlet no more, and fail its requests for what; nothing when it was given up."""
+        exchange = outlet.exchange
+        if self._outlets.get(exchange) is not outlet:
+            return
+        # One line for each new reason: a missing exchange would have one for each request.
+        if outlet.proved or what != self._reasons.get(exchange):
+            self._reasons[exchange] = what
+            log.warning("Requests to exchange %r failed: %s", exchange, what)
+        self._fail(what, [outlet])
+        outlet.forget()
+        outlet.close()
+        del self._outlets[exchange]
+        self._flush_soon()
+
+    def _fail(self, what: str, outlets: Collection[Outlet]) -> None:
+        """Fail every waiting request of outlets; late confirms may still follow."""
+        for outlet in outlets:
+            outlet.fail(what)
+        for waiting in self._fresh, self._begun:
+            for _ in range(len(waiting)):
+                sending = waiting.popleft()
+                if sending.outlet in outlets:
+                    sending.fail(f"{what}; {UNSENT}.")
+                else:
+                    waiting.append(sending)
 
     def _flush_soon(self) -> None:
-        if not self._flush_due:
+        if not self._flush_due and (self._fresh or self._begun):
             self._flush_due = True
-            get_hub().loop.run_callback(self._flush)
+            gevent.get_hub().loop.run_callback(self._flush)
 
     def _flush(self) -> None:
         """Send some of what waits: new requests first, but at most half while begun ones wait.
@@ -212,10 +203,15 @@ class Broker(Link):
         self._flush_due = False
         if not self.up:  # a failure has settled all that waited
             return
-        count = min(MAX_FLUSH, WINDOW - len(self._unconfirmed))
-        size = min(MAX_FLUSH_BYTES, WINDOW_BYTES - self._unconfirmed_bytes)
+        flying = self._in_flight
+        count = min(MAX_FLUSH, WINDOW - flying.messages)
+        size = min(MAX_FLUSH_BYTES, WINDOW_BYTES - flying.size)
         connection = self.channel.connection  # type: ignore[union-attr]
         if count <= 0 or size <= 0 or connection.unwritten > MAX_UNWRITTEN:
+            if not flying.messages:
+                # It was written for a channel that is closed now: no confirm will come.
+                self._flush_due = True
+                gevent.spawn_later(PAUSE, self._flush)
             return
         waited = bool(self._begun)
         share = 2 if waited else 1
@@ -229,10 +225,9 @@ class Broker(Link):
                 self._owed = waited and not served
         except Exception as error:  # whatever it was, the tags need no longer be pika's
             self.drop(error)
-        if self._fresh or self._begun:
-            self._flush_soon()
+        self._flush_soon()
 
-    def _serve(self, waiting: deque[_Sending], most: int, size: int) -> tuple[int, int]:
+    def _serve(self, waiting: deque[Sending], most: int, size: int) -> tuple[int, int]:
         """Give turns to those waiting; return how many messages, and bytes, that sent.
 
         At most most messages are sent, and none after size bytes.
@@ -242,9 +237,9 @@ class Broker(Link):
             sending = waiting.popleft()
             if sending.done.is_set():  # its request gave up
                 continue
-            turn = 0
+            send, turn = sending.outlet.send, 0
             for _ in range(min(MAX_TURN, most - count)):
-                turn += self._send(sending)
+                turn += send(sending)
                 count += 1
                 if sending.sent == len(sending.messages) or turn >= MAX_TURN_BYTES:
                     break
@@ -253,89 +248,13 @@ class Broker(Link):
                 self._begun.append(sending)
         return count, total
 
-    def _send(self, sending: _Sending) -> int:
-        """Send the next message of sending; return its bytes."""
-        index = sending.sent
-        message = sending.messages[index]
-        sending.sent += 1
-        self._tag += 1
-        self._unconfirmed[self._tag] = sending, index
-        self._unconfirmed_bytes += len(message.body)
-        self.channel.basic_publish(  # type: ignore[union-attr]
-            sending.target.exchange,
-            sending.target.key,
-            message.body,
-            BasicProperties(
-                content_type=message.content_type,
-                content_encoding=message.content_encoding,
-                delivery_mode=PERSISTENT_DELIVERY_MODE,
-                message_id=message.id,
-                headers=message.headers,
-                # The word of the publisher, which the broker checks, for the client's name.
-                user_id=self._user if CLIENT_HEADER in message.headers else None,
-            ),
-            mandatory=True,
-        )
-        return len(message.body)
-
-    def _on_return(
-        self, _channel: Channel, method: Basic.Return, properties: BasicProperties, _body: bytes
-    ) -> None:
-        """Remember a message that no queue took; its ack comes after this."""
-        reason = f"{method.reply_code} {method.reply_text}"
-        # Removed first, so that it is inserted at the end: the oldest tag stands first.
-        key = method.exchange, method.routing_key, properties.message_id
-        self._returned.pop(key, None)
-        self._returned[key] = reason, self._tag
-
-    def _on_confirm(self, frame: Method[Any]) -> None:
-        """Settle the message, or all up to it, that the broker acked or nacked."""
-        self._signs += 1
-        self.alive()
-        last = frame.method.delivery_tag
-        tags = [last]
-        if frame.method.multiple:
-            tags = list(takewhile(lambda tag: tag <= last, self._unconfirmed))
-        error = None if isinstance(frame.method, Basic.Ack) else "The broker refused the message."
-        for tag in tags:
-            sending, index = self._unconfirmed.pop(tag, (None, 0))
-            if sending is not None:
-                message = sending.messages[index]
-                self._unconfirmed_bytes -= len(message.body)
-                returned = self._return_of(sending.target, message, tag)
-                if returned and sending.target.topic:
-                    sending.dropped += 1
-                    returned = None
-                sending.settle(index, error or returned)
-        first = next(iter(self._unconfirmed), self._tag + 1)
-        while self._returned and next(iter(self._returned.values()))[1] < first:
-            del self._returned[next(iter(self._returned))]
-        if self._fresh or self._begun:
-            self._flush_soon()
-
-    def _return_of(self, target: Target, message: Message, tag: int) -> str | None:
-        """Why message, published as tag to target, was returned; None if it was not."""
-        if not self._returned:
-            return None
-        key = target.exchange, target.key, message.id
-        reason, last = self._returned.get(key, ("", 0))
-        return f"The broker has no queue for the message ({reason})." if tag <= last else None
-
     def _on_blocked(self, _connection: object, frame: Method[Any]) -> None:
         log.warning("The broker blocks publishers: %s", frame.method.reason)
         self._blocked = True
         BROKER_UP.set(0)
-        self._give_up_all("The broker blocks publishers")
+        self._fail("The broker blocks publishers", self._outlets.values())
 
     def _on_unblocked(self, _connection: object, _frame: Method[Any]) -> None:
         log.info("The broker no longer blocks publishers")
         self._blocked = False
         BROKER_UP.set(self.up)
-
-    def _give_up_all(self, what: str) -> None:
-        """Fail every waiting request; sent messages stay listed, as their confirms may follow."""
-        for sending, _ in self._unconfirmed.values():
-            sending.fail(f"{what}; {UNKNOWN}.")
-        for waiting in self._fresh, self._begun:
-            while waiting:
-                waiting.popleft().fail(f"{what}; {UNSENT}.")

@@ -22,7 +22,7 @@ from werkzeug.exceptions import RequestEntityTooLarge, abort
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Field, File, MultipartDecoder, NeedData, State
 
-from publisher.broker import Message
+from publisher.message import Message
 from publisher.settings import Settings
 
 # Bounds the work that a hostile form can cause.

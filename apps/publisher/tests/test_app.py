@@ -29,7 +29,8 @@ from door.server import Body
 from flask.testing import FlaskClient
 from prometheus_client import REGISTRY
 from publisher.app import create_app
-from publisher.broker import Message, Target, Unconfirmed
+from publisher.broker import Unconfirmed
+from publisher.message import Message, Target
 from publisher.settings import Settings
 
 PROJECT = Path(__file__).parents[3]

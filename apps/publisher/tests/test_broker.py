@@ -9,29 +9,59 @@ import gevent
 import pytest
 from door.metrics import BROKER_UP
 from gevent import Greenlet
-from pika.exceptions import ChannelWrongStateError, StreamLostError
+from pika.exceptions import (
+    ChannelClosedByBroker,
+    ChannelWrongStateError,
+    ConnectionWrongStateError,
+    StreamLostError,
+)
 from pika.frame import Method
 from pika.spec import Basic, BasicProperties
 from pika.spec import Connection as ConnectionMethods
-from publisher.broker import Broker, Message, Target, Unconfirmed
+from publisher.broker import Broker, Unconfirmed
+from publisher.message import Message, Target
 from publisher.settings import Settings
 
 DEADLINE = 3  # seconds any promise may take
 
 
 class Connection:
+    """Opens channels, unless it is slow, and closes those that publish to a missing exchange."""
+
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
         self.unwritten = 0
-        # How many messages left in each piece.
+        # How many messages left in each piece, and the bodies of all.
         self.pieces: list[int] = []
-        self.channel = Channel(self)
+        self.bodies: list[bytes] = []
+        self.main = Channel(self)
+        # The channel that is opened first, made beforehand.
+        self.first = Channel(self)
+        self.channels: list[Channel] = []
+        self.slow = self.broken = False
+        self.missing: set[str] = set()
+
+    def channel(self, on_open_callback: Callable[[Any], None]) -> "Channel":
+        if self.broken:
+            raise ConnectionWrongStateError("closed")
+        channel = Channel(self) if self.channels else self.first
+        self.channels.append(channel)
+        channel.on_open = on_open_callback
+        if not self.slow:
+            gevent.get_hub().loop.run_callback(channel.open)
+        return channel
+
+    def of(self, exchange: str) -> "Channel":
+        """Return the newest channel that published to exchange, and to no other."""
+        channel = [one for one in self.channels if any(exchange == m[0] for m in one.published)][-1]
+        assert {message[0] for message in channel.published} == {exchange}
+        return channel
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        before = len(self.channel.published)
+        before = len(self.bodies)
         yield
-        self.pieces.append(len(self.channel.published) - before)
+        self.pieces.append(len(self.bodies) - before)
 
     def add_on_connection_blocked_callback(self, callback: Any) -> None:
         self._blocked = callback
@@ -55,7 +85,14 @@ class Channel:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.published: list[tuple[str, str, bytes, BasicProperties, bool]] = []
-        self.broken = False
+        self.broken = self.closed = False
+
+    def open(self) -> None:
+        self.on_open(self)
+        self.confirms_on(None)
+
+    def add_on_close_callback(self, callback: Any) -> None:
+        self._on_close = callback
 
     def add_on_return_callback(self, callback: Any) -> None:
         self._returned = callback
@@ -67,9 +104,23 @@ class Channel:
     def basic_publish(
         self, exchange: str, key: str, body: bytes, properties: BasicProperties, mandatory: bool
     ) -> None:
-        if self.broken:
+        if self.broken or self.closed:
             raise ChannelWrongStateError("closed")
         self.published.append((exchange, key, body, properties, mandatory))
+        self.connection.bodies.append(body)
+        if exchange in self.connection.missing:
+            gevent.get_hub().loop.run_callback(self.refuse, f"no exchange '{exchange}'")
+
+    def refuse(self, text: str, code: int = 404) -> None:
+        """Close as the broker does, once."""
+        if not self.closed:
+            self.closed = True
+            self._on_close(self, ChannelClosedByBroker(code, text))
+
+    def close(self) -> None:
+        if self.closed:
+            raise ChannelWrongStateError("closed")
+        self.closed = True
 
     @property
     def bodies(self) -> list[bytes]:
@@ -86,13 +137,13 @@ class Channel:
         self._returned(self, Basic.Return(312, "NO_ROUTE", exchange, key), properties, body)
 
 
-def open_(broker: Broker) -> Any:
-    channel: Any = Connection().channel
-    broker.opened(channel)
-    assert not broker.up, "confirms are not on yet"
-    channel.confirms_on(None)
+def open_(broker: Broker) -> Channel:
+    """Connect broker; return the channel that its first request will open."""
+    connection = Connection()
+    main: Any = connection.main
+    broker.opened(main)
     assert broker.up
-    return channel
+    return connection.first
 
 
 Make = Callable[..., tuple[Broker, Channel]]
@@ -223,7 +274,7 @@ def test_of_messages_with_one_id_on_their_way_all_count_as_returned_and_no_later
     later = send(broker, b"twin")
     channel.ack(3)
     assert done(later)
-    assert not broker._returned, "nothing is remembered for ever"
+    assert not broker._outlets[QUEUE.exchange]._returned, "nothing is remembered for ever"
 
 
 def test_a_topic_drops_what_no_queue_takes_and_confirms_the_rest(make: Make) -> None:
@@ -241,7 +292,8 @@ def test_what_a_topic_drops_is_no_other_target_s(make: Make) -> None:
     dropped, queued = send(broker, b"twin", to=TOPIC), send(broker, b"twin")
     other = send(broker, b"twin", to=TOPIC._replace(key="order.paid"))
     channel.return_(1)
-    channel.ack(3, multiple=True)
+    channel.connection.of("takeaway-in").ack(1)
+    channel.ack(2, multiple=True)
     assert dropped.get(timeout=DEADLINE) == 1
     assert done(queued, other)
 
@@ -292,6 +344,9 @@ def test_a_lost_connection_fails_who_waits_and_the_next_one_starts_anew(make: Ma
 
 def test_a_message_that_was_not_sent_before_the_loss_is_sent_by_nobody(make: Make) -> None:
     broker, first = make()
+    before = send(broker, b"before")
+    first.ack(1)
+    assert done(before)
     second = []
 
     def renew() -> None:
@@ -304,7 +359,7 @@ def test_a_message_that_was_not_sent_before_the_loss_is_sent_by_nobody(make: Mak
     again = send(broker, b"pizza")
     second[0].ack(1)
     assert done(again)
-    assert (first.bodies, second[0].bodies) == ([], [b"pizza"])
+    assert (first.bodies, second[0].bodies) == ([b"before"], [b"pizza"])
 
 
 def test_a_channel_that_cannot_be_written_to_is_given_up(make: Make) -> None:
@@ -361,7 +416,7 @@ def test_a_message_whose_request_gave_up_is_not_sent_later(
     with monkeypatch.context() as stalled:
         stalled.setattr(broker, "_flush_soon", lambda: None)
         late = send(broker, b"late")
-        broker._signs += 1  # as a confirm of another one: not silent
+        broker.alive()  # as a confirm of another one: not silent
         fails(late, r"no confirm in 0\.05 s.*not published")
     last = send(broker, b"last")
     channel.ack(1)
@@ -393,12 +448,14 @@ def test_a_time_out_while_others_are_confirmed_keeps_the_connection(make: Make) 
 
 def test_a_confirm_that_nobody_waits_for_does_no_harm(make: Make) -> None:
     broker, channel = make()
+    first = send(broker, b"first")
+    channel.ack(1)
     channel.ack(7)
     channel.nack(8, multiple=True)
     request = send(broker, b"pizza")
-    channel.ack(1)
-    channel.ack(1)
-    assert done(request)
+    channel.ack(2)
+    channel.ack(2)
+    assert done(first, request)
 
 
 def test_the_requests_of_one_turn_leave_in_one_piece_and_in_their_order(make: Make) -> None:
@@ -438,6 +495,7 @@ def test_a_large_batch_leaves_in_order_and_in_pieces_between_which_others_run(ma
 
 def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> None:
     broker, channel = make()
+    opener = send(broker, b"opener")
     pieces = channel.connection.pieces
     came: dict[bytes, int] = {}
 
@@ -453,7 +511,7 @@ def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> 
         gevent.sleep(0)
         channel.ack(len(channel.published), multiple=True)
     confirm_all(channel)
-    assert done(*requests)
+    assert done(opener, *requests)
     sent, start = {}, 0
     for number, size in enumerate(pieces):
         sent.update(dict.fromkeys(channel.bodies[start : start + size], number))
@@ -640,3 +698,290 @@ def test_a_batch_without_progress_fails_by_the_time_out_with_what_is_certain(
         assert done(other)
     assert fails(request, "no confirm.*unknown") == 1
     assert (channel.connection.cut_because is None) == others
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what was logged of exchanges."""
+    return [line for line in caplog.messages if "exchange" in line]
+
+
+def test_a_missing_exchange_fails_its_own_requests_only(make: Make) -> None:
+    broker, channel = make()
+    connection = channel.connection
+    waiting = send(broker, b"waiting")
+    connection.missing = {"events"}
+    broken = [
+        gevent.spawn(broker.publish, [message(body), message(b"")], TOPIC) for body in (b"1", b"2")
+    ]
+    for request in broken:
+        assert fails(request, r"closed the channel \(404 no exchange 'events'\).*unknown") == 0
+    new = send(broker, b"new")
+    broken.append(send(broker, b"3", to=TOPIC))
+    channel.ack(2, multiple=True)
+    assert done(waiting, new)
+    fails(broken[2], "closed the channel.*unknown")
+    assert broker.up
+    assert (channel.closed, connection.cut_because) == (False, None)
+    connection.missing = set()
+    again = send(broker, b"again", to=TOPIC)
+    connection.of("events").ack(1)
+    assert done(again)
+    assert len(connection.channels) == 4, "one of the default exchange, three of the topic"
+
+
+def test_a_missing_default_exchange_fails_no_topic_s_requests(make: Make) -> None:
+    broker, channel = make()
+    channel.connection.missing = {"takeaway-in"}
+    topic = send(broker, b"topic", to=TOPIC)
+    fails(send(broker, b"queue"), "closed the channel")
+    channel.connection.of("events").ack(1)
+    assert done(topic)
+    assert channel.connection.cut_because is None
+
+
+def test_what_is_unsent_when_its_channel_is_closed_counts_as_not_published(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publisher.broker.WINDOW", 3)
+    broker, channel = make()
+    begun, fresh = send(broker, b"1", b"2", b"3", b"4"), send(broker, b"5")
+    other = send(broker, b"6", to=TOPIC)
+    channel.ack(1)
+    channel.refuse("access refused", 403)
+    assert fails(begun, r"403 access refused.*unknown") == 1
+    fails(fresh, "403.*not published")
+    gevent.idle()
+    channel.connection.of("events").ack(1)
+    assert done(other)
+    assert channel.connection.bodies == [b"1", b"2", b"3", b"6"], "there is room for the other"
+
+
+def test_late_events_of_a_closed_channel_do_not_touch_the_next_one(make: Make) -> None:
+    broker, old = make()
+    first = send(broker, b"old")
+    old.refuse("gone")
+    fails(first, "gone")
+    request = send(broker, b"new")
+    old.ack(1)
+    old._on_close(old, ChannelClosedByBroker(404, "gone"))
+    gevent.idle()
+    assert not request.ready()
+    behind = send(broker, b"behind")
+    _, new = old.connection.channels
+    new.ack(2, multiple=True)
+    assert done(request, behind)
+
+
+@pytest.mark.parametrize("window", ["WINDOW", "WINDOW_BYTES"])
+@pytest.mark.parametrize("lost", [False, True], ids=["channel", "connection"])
+def test_what_was_in_flight_on_what_is_closed_takes_no_room(
+    make: Make, monkeypatch: pytest.MonkeyPatch, lost: bool, window: str
+) -> None:
+    monkeypatch.setattr(f"publisher.broker.{window}", 2)
+    broker, channel = make()
+    first = send(broker, b"1", b"2")
+    if lost:
+        broker.lost("gone")
+        channel = open_(broker)
+    else:
+        channel.refuse("gone")
+    fails(first, "unknown")
+    second = send(broker, b"3", b"4")
+    channel = channel.connection.of("takeaway-in")
+    assert channel.bodies == [b"3", b"4"]
+    channel.ack(2, multiple=True)
+    assert done(second)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_answers_of_one_exchange_settle_no_other_s_messages(make: Make, refused: bool) -> None:
+    broker, channel = make()
+    queued, topic = send(broker, b"twin"), send(broker, b"twin", to=TOPIC._replace(key="takeaway"))
+    other = channel.connection.of("events")
+    if refused:
+        channel.nack(1, multiple=True)
+    else:
+        channel.return_(1)
+        channel.ack(1, multiple=True)
+    gevent.idle()
+    assert not topic.ready()
+    other.ack(1)
+    assert topic.get(timeout=DEADLINE) == 0, "it is not dropped"
+    fails(queued, "refused" if refused else "no queue")
+
+
+def test_requests_wait_while_their_channel_opens_and_others_go_on(make: Make) -> None:
+    broker, channel = make()
+    connection = channel.connection
+    before = send(broker, b"before")
+    connection.slow = True
+    early = [send(broker, b"%d" % number, to=TOPIC) for number in range(3)]
+    behind = send(broker, b"behind")
+    channel.ack(2, multiple=True)
+    assert done(before, behind)
+    topic = connection.channels[1]
+    topic.open()
+    early.append(send(broker, b"3", to=TOPIC))
+    assert topic.bodies == [b"0", b"1", b"2", b"3"]
+    topic.ack(4, multiple=True)
+    assert done(*early)
+    assert len(connection.channels) == 2
+
+
+def test_nothing_is_sent_before_confirms_are_on(make: Make) -> None:
+    broker, channel = make()
+    channel.connection.slow = True
+    request = send(broker, b"pizza")
+    channel.on_open(channel)
+    gevent.idle()
+    assert channel.bodies == []
+    channel.confirms_on(None)
+    gevent.idle()
+    channel.ack(1)
+    assert done(request)
+
+
+Event = Callable[[Broker, Connection], None]
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (lambda broker, _: broker.lost("gone"), "lost.*not published"),
+        (lambda _, connection: connection.block(), "blocks.*not published"),
+        (lambda _, connection: connection.first.refuse("no"), "closed the ch.*not published"),
+    ],
+    ids=["lost", "blocked", "refused"],
+)
+def test_what_ends_the_opening_of_a_channel_fails_who_waits_for_it(
+    make: Make, event: Event, reason: str
+) -> None:
+    broker, channel = make()
+    channel.connection.slow = True
+    request = send(broker, b"pizza")
+    event(broker, channel.connection)
+    fails(request, reason)
+    assert channel.bodies == []
+
+
+def test_a_channel_that_does_not_open_is_renewed_and_the_connection_kept(make: Make) -> None:
+    broker, channel = make(timeout=0.2)
+    connection = channel.connection
+    connection.slow = True
+    topic = send(broker, b"topic", to=TOPIC)
+    connection.slow = False
+    default = send(broker, b"default")
+    connection.of("takeaway-in").ack(1)
+    assert done(default)
+    fails(topic, "no confirm.*not published")
+    assert channel.closed
+    again = send(broker, b"again", to=TOPIC)
+    connection.of("events").ack(1)
+    assert done(again)
+    assert connection.cut_because is None
+
+
+def test_a_channel_without_confirms_is_renewed_and_leaves_its_room_to_others(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publisher.broker.WINDOW", 2)
+    broker, channel = make(timeout=0.2)
+    connection = channel.connection
+    default = send(broker, b"default")
+    topic = send(broker, b"stuck", to=TOPIC)
+    channel.ack(1)
+    assert done(default)
+    stuck = connection.of("events")
+    fails(topic, "no confirm.*unknown")
+    assert (stuck.closed, channel.closed, connection.cut_because) == (True, False, None)
+    both = send(broker, b"1", b"2")
+    channel.ack(3, multiple=True)
+    assert done(both)
+
+
+def test_a_connection_that_opens_no_channel_fails_the_request(make: Make) -> None:
+    broker, channel = make()
+    channel.connection.broken = True
+    assert fails(send(broker, b"pizza"), "opens no channel.*not published") == 0
+
+
+def test_requests_of_all_exchanges_take_turns_in_the_same_pieces(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("publisher.broker.MAX_FLUSH", 20)
+    broker, channel = make()
+    connection = channel.connection
+    openers = [send(broker, b"q"), send(broker, b"t", to=TOPIC)]
+    channel.ack(1)
+    connection.of("events").ack(1)
+    assert done(*openers)
+    connection.pieces.clear()
+    connection.bodies.clear()
+    batches = [
+        gevent.spawn(broker.publish, [message(b"t%d" % number) for number in range(50)], TOPIC),
+        gevent.spawn(broker.publish, [message(b"q%d" % number) for number in range(50)], QUEUE),
+    ]
+    gevent.idle()
+    assert connection.pieces == [20] * 5
+    for start in range(0, 100, 20):
+        assert len({body[:1] for body in connection.bodies[start : start + 20]}) == 2
+    for one in channel, connection.of("events"):
+        assert one.bodies[1:] == sorted(one.bodies[1:], key=lambda body: int(body[1:]))
+        one.ack(51, multiple=True)
+    assert done(*batches)
+
+
+def test_the_window_is_one_for_all_exchanges(make: Make) -> None:
+    broker, channel = make()
+    connection = channel.connection
+    requests = [
+        gevent.spawn(broker.publish, [message(b"")] * 800, target) for target in (QUEUE, TOPIC)
+    ]
+    gevent.idle()
+    assert len(connection.bodies) == 1000
+    topic = connection.of("events")
+    confirmed = len(topic.published)
+    topic.ack(confirmed, multiple=True)
+    gevent.idle()
+    assert len(connection.bodies) == 1000 + confirmed
+    for _ in range(3):
+        confirm_all(channel)
+        confirm_all(topic)
+    assert done(*requests)
+
+
+def test_who_waits_is_sent_although_a_closed_channel_left_much_unwritten(make: Make) -> None:
+    broker, channel = make()
+    connection = channel.connection
+    topic = send(broker, b"large", to=TOPIC)
+    connection.unwritten = 2 * 1024 * 1024
+    waiting = send(broker, b"waiting")
+    connection.of("events").refuse("gone")
+    fails(topic, "gone")
+    gevent.idle()
+    assert connection.bodies == [b"large"]
+    connection.unwritten = 0
+    gevent.sleep(0.1)
+    connection.of("takeaway-in").ack(1)
+    assert done(waiting)
+
+
+def test_a_missing_exchange_is_logged_once_for_each_reason(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker, channel = make()
+    connection = channel.connection
+    connection.missing = {"events"}
+    for _ in range(3):
+        fails(send(broker, b"pizza", to=TOPIC), "closed the channel")
+    line = "Requests to exchange 'events' failed: The broker closed the channel"
+    expected = [f"{line} (404 no exchange 'events')"]
+    assert lines(caplog) == expected
+    connection.missing = set()
+    good = send(broker, b"good", to=TOPIC)
+    connection.of("events").ack(1)
+    assert done(good)
+    connection.missing = {"events"}
+    for _ in range(3):
+        fails(send(broker, b"pizza", to=TOPIC), "closed the channel")
+    assert lines(caplog) == 2 * expected, "it had come back"
