@@ -142,6 +142,77 @@ def test_what_was_changed_is_missing(
     assert filters["rabbitmq_missing"](WANTED, found) == [name]
 
 
+def conflicts(filters: Any, name: str, change: dict[str, Any]) -> list[str]:
+    """Return what is in the lists' way in a broker that has all, with a change of name."""
+    lists = {"topics": [EVENTS], "clients": [{"name": "shop", "amqp": True}]}
+    found = definitions(filters, "takeaway", "orders", **lists)
+    (one,) = (one for one in found["queues"] + found["exchanges"] if one["name"] == name)
+    one |= change
+    queues = [{"name": "takeaway"}, {"name": "orders"}]
+    told: list[str] = filters["rabbitmq_conflicts"](queues, found, exchange="in.to", **lists)
+    return told
+
+
+def arguments(**more: Any) -> dict[str, Any]:
+    given = {name.replace("_", "-"): value for name, value in more.items()}
+    return {"arguments": {"x-queue-type": "quorum"} | given}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("takeaway", {}),
+        ("takeaway", arguments()),  # as older versions made it
+        ("takeaway", {"arguments": {}}),
+        ("takeaway", {"type": "quorum"}),
+        ("takeaway.dead", arguments(x_delivery_limit=-1)),
+        ("takeaway", {"vhost": "another", "durable": False}),
+        ("events", {"arguments": {}}),
+        ("events", {"vhost": "another", "type": "fanout"}),
+    ],
+)
+def test_a_queue_of_the_stack_s_or_an_older_version_s_is_not_in_the_way(
+    filters: Any, name: str, change: dict[str, Any]
+) -> None:
+    assert conflicts(filters, name, change) == []
+    queues = [{"name": "takeaway"}]
+    empty = filters["rabbitmq_conflicts"](queues, {}, exchange="in.to", topics=[], clients=[])
+    assert empty == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("orders", arguments(x_queue_type="classic"), "its type is classic."),
+        ("orders", {"arguments": {}, "type": "stream"}, "its type is stream."),
+        ("orders", {"durable": False}, "it is not durable."),
+        ("orders", arguments(x_max_length=9, x_expires=5), "it has x-expires: 5, it has x-max-le"),
+        ("orders", arguments(x_overflow="drop-head"), "it has x-overflow: drop-head."),
+        ("orders", arguments(x_dead_letter_routing_key="x"), "it has x-dead-letter-routing-key: x"),
+        ("orders", arguments(x_delivery_limit=-1), "it has x-delivery-limit: -1."),
+        ("orders.dead", arguments(x_single_active_consumer=True), "x-single-active-consumer: True"),
+        ("events", {"type": "direct"}, "its type is direct. Delete it, or choose another"),
+        ("in.to", {"internal": True}, "its internal is true. Delete it, or choose another"),
+        ("client.shop", {"durable": False}, "its durable is false."),
+    ],
+)
+def test_what_somebody_else_made_by_a_name_of_the_lists_is_told_with_the_way_out(
+    filters: Any, name: str, change: dict[str, Any], said: str
+) -> None:
+    (text,) = conflicts(filters, name, change)
+    kind = "queue" if name.startswith("orders") else "exchange"
+    assert text.startswith(f"The broker has a{'n' * (kind == 'exchange')} {kind} {name} that")
+    assert said in text
+    ways = {
+        "events": "another name in stack_topics.",
+        "in.to": "another name in stack_exchange.",
+        "client.shop": "another name in stack_clients.",
+    }
+    assert ways.get(name, "another name for orders in stack_queues and run `make up`") in text
+    move = f"`ansible-playbook playbooks/move.yml -e queue={name} -e to="
+    assert (move in text) == (kind == "queue")
+
+
 def definitions(
     filters: Any, *queues: Any, topics: Any = (), clients: Any = (), memory: int = 1 << 30
 ) -> Any:

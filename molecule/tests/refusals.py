@@ -153,6 +153,20 @@ CASES = [
         ["stack_topics -> subscriptions", "pattern"],
     ),
     (
+        {
+            "stack_queues": [{"name": "takeaway"}, {"name": "lunch"}],
+            "stack_topics": [{"name": "breakfast"}],
+            "refused_by": ["rabbitmq"],
+        },
+        [
+            "a queue lunch that somebody else made: its type is classic, it has x-max-length: 9.",
+            "another name for lunch in stack_queues",
+            "playbooks/move.yml -e queue=lunch -e to=",
+            "an exchange breakfast that somebody else made: its type is fanout.",
+            "another name in stack_topics",
+        ],
+    ),
+    (
         {"rabbitmq_memory": "9999G", "rabbitmq_memory_watermark": 0.10},
         ["rabbitmq_memory is 9999G, but", "GB; set rabbitmq_memory to less"],
     ),
@@ -313,7 +327,7 @@ def state(stack: Stack) -> tuple[dict[str, str], set[str]]:
 
 @contextmanager
 def foreign(stack: Stack) -> Iterator[None]:
-    """What is somebody else's: a container, a volume, a network and folders."""
+    """What is somebody else's: a container, a volume, a network, folders, a queue, an exchange."""
     stack.run(
         "ln -s %s /tmp/link && install --directory --owner 999 /tmp/full /tmp/full/x",
         stack.vars["fluentd_log_dir"],
@@ -324,7 +338,14 @@ def foreign(stack: Stack) -> Iterator[None]:
     stack.docker(*create, image, "true")
     stack.docker("volume", "create", "other-fluentd")
     stack.docker("network", "create", "third")
+    classic = {"durable": True, "arguments": {"x-queue-type": "classic", "x-max-length": 9}}
+    made = {"/queues/%2F/lunch": classic, "/exchanges/%2F/breakfast": {"type": "fanout"}}
+    for path, body in made.items():
+        put = ("--request", "PUT", "--json", json.dumps(body))
+        assert stack.api(path, "admin", *put).status == 201
     yield
+    for path in made:
+        assert stack.api(path, "admin", "--request", "DELETE").status == 204
     stack.docker("network", "rm", "third")
     stack.run("rm -r /tmp/link /tmp/full /tmp/used")
     stack.docker("rm", "--volumes", "other-fluentd")

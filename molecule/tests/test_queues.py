@@ -132,6 +132,26 @@ def test_dead_messages_are_sent_back_or_deleted_by_their_ids(stack: Stack) -> No
     assert dead() == [one for one in before if one in ("a", "d")]
 
 
+def test_the_messages_of_any_queue_are_moved_to_one_of_the_list(stack: Stack) -> None:
+    classic = json.dumps({"durable": True, "arguments": {"x-queue-type": "classic"}})
+    assert (
+        stack.api("/queues/%2F/old", "admin", "--request", "PUT", "--json", classic).status == 201
+    )
+    bodies = [str(number) for number in range(250)]
+    assert post(stack, "/queues/orders/batch", "\n".join(map(json.dumps, bodies))).status == 201
+    for queue, to, status, said in [
+        ("orders", "audit", 0, "moved 250 messages from orders to audit"),
+        ("old", "audit", 0, "moved 0 messages from old to audit"),
+        ("nowhere", "audit", 2, "no queue 'nowhere'"),
+        ("orders", "old", 2, "to is old, which is not in stack_queues"),
+    ]:
+        run = stack.playbook("move", "--extra-vars", json.dumps({"queue": queue, "to": to}))
+        assert (run.returncode, said in run.stdout) == (status, True), run.stdout[-3000:]
+    assert stack.api("/queues/%2F/old", "admin", "--request", "DELETE").status == 204
+    assert receive(stack, "orders") == []
+    assert receive(stack, "audit") == bodies
+
+
 def test_the_subscriber_tells_how_many_messages_the_queues_have(stack: Stack) -> None:
     assert post(stack, "/queues/orders/batch", '"one"\n"two"').json == {"sent": 2}
 

@@ -1,33 +1,17 @@
 # mypy: disable-error-code=no-untyped-call
 """The dead queue: a look that uses nothing up, the way back, and the end of single messages."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 
-from door import BrokerUnavailable
-from door.access import DOORS
-from door.amqp import (
-    PERSISTENT_DELIVERY_MODE,
-    AMQPError,
-    Basic,
-    BasicProperties,
-    Channel,
-    Link,
-)
+from door.amqp import Channel, Link
 from gevent.lock import BoundedSemaphore
-from gevent.queue import Empty, SimpleQueue
 
-from subscriber.channel import Answers, own_channel
+from subscriber.channel import own_channel
 from subscriber.delivery import Delivery, text
+from subscriber.resend import Resend, deliveries
 from subscriber.settings import Settings
-
-# Headers in which the broker keeps a message's past: how often it was returned, and why it died.
-PAST = {"x-death", "x-delivery-count", "x-acquired-count"}
-PAST |= {
-    f"x-{end}-death-{told}" for end in ("first", "last") for told in ("queue", "reason", "exchange")
-}
 
 
 class Dead:
@@ -80,30 +64,8 @@ class Dead:
         return count
 
     def _send_back(self, channel: Channel, deliveries: Iterable[Delivery]) -> int:
-        count = 0
-        confirms: SimpleQueue = SimpleQueue()
-        channel.confirm_delivery(lambda answer: confirms.put(answer.method))
-        channel.add_on_return_callback(lambda _channel, *returned: confirms.put(returned[0]))
-        channel.add_on_close_callback(lambda _channel, reason: confirms.put(reason))
-        for delivery in deliveries:
-            try:
-                channel.basic_publish(
-                    self._exchange,
-                    self._origin,
-                    delivery.body,
-                    anew(delivery.properties, self._user),
-                    mandatory=True,
-                )
-                answer = confirms.get(timeout=self._timeout)
-            except (AMQPError, Empty, RecursionError) as error:
-                answer = error
-            if not isinstance(answer, Basic.Ack):
-                raise BrokerUnavailable(
-                    f"the queue took {count} messages back, and not the next: {answer!r}"
-                )
-            channel.basic_ack(delivery.tag)
-            count += 1
-        return count
+        resend = Resend(channel, self._exchange, self._origin, self._user, self._timeout)
+        return resend.send(deliveries)
 
     @contextmanager
     def _channel(self) -> Iterator[Channel]:
@@ -113,23 +75,7 @@ class Dead:
 
     def _deliveries(self, channel: Channel, most: float) -> Iterator[Delivery]:
         """Get messages, up to most, and no more than there were at first."""
-        answers = Answers(channel, self._timeout)
-        channel.add_callback(lambda _: answers.put(None), [Basic.GetEmpty], one_shot=False)
-
-        def get() -> None:
-            channel.basic_get(self._queue, lambda _channel, *got: answers.put(got))
-
-        left = most
-        while left > 0:
-            answer = answers.to(get)
-            if answer is None:
-                return
-            self._broker.alive()
-            method, properties, body = answer
-            if method.delivery_tag == 1:
-                left = min(most, method.message_count + 1)
-            left -= 1
-            yield Delivery(method.delivery_tag, body, properties, channel, method.redelivered)
+        return deliveries(self._broker, channel, self._queue, self._timeout, most)
 
     def _chosen(self, channel: Channel, ids: Set[str]) -> Iterator[Delivery]:
         """Go once through the whole queue, for those whose id is in ids; the others stay.
@@ -140,20 +86,3 @@ class Dead:
             if text(delivery.properties.message_id) in ids:
                 yield delivery
         channel.basic_nack(0, multiple=True, requeue=True)
-
-
-def anew(properties: BasicProperties, user: str) -> BasicProperties:
-    """Return properties without what the broker would take for the past of another message.
-
-    The broker refuses a message that bears another name than its user's, so that of a door becomes
-    user, and another one goes.
-    Source: https://www.rabbitmq.com/docs/validated-user-id
-    """
-    fresh = copy.copy(properties)
-    if properties.headers:
-        fresh.headers = {
-            name: value for name, value in properties.headers.items() if name not in PAST
-        }
-    fresh.user_id = user if properties.user_id in DOORS else None
-    fresh.delivery_mode = PERSISTENT_DELIVERY_MODE
-    return fresh

@@ -155,7 +155,7 @@ def test_what_the_queue_does_not_take_stays_dead(dead: Dead, rabbit: Rabbit, cau
         rabbit.forbidden.add("takeaway-in")
     reason = {"full": "Basic.Nack", "returned": "NO_ROUTE", "forbidden": "ACCESS_REFUSED"}[cause]
     rabbit.publish(*TEXTS, queue=DEAD)
-    fails(gevent.spawn(dead.redrive, 9), f"took 0 messages back.*{reason}")
+    fails(gevent.spawn(dead.redrive, 9), f"took 0 messages.*{reason}")
     assert rabbit.bodies(DEAD) == TEXTS
     assert rabbit.bodies() == rabbit.acked == []
     assert dead._broker.up, "the connection is not to blame"
@@ -165,7 +165,7 @@ def test_a_silent_confirm_leaves_the_message_dead(dead: Dead, rabbit: Rabbit, wi
     rabbit.publish(*TEXTS, queue=DEAD)
     wire.peer.deaf = (Basic.Publish, frame.Header, frame.Body)
     dead._timeout = 0.02
-    fails(gevent.spawn(dead.redrive, 9), "took 0 messages back")
+    fails(gevent.spawn(dead.redrive, 9), "took 0 messages")
     assert rabbit.bodies(DEAD) == TEXTS
 
 

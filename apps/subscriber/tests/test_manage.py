@@ -301,7 +301,7 @@ def test_a_message_that_the_queue_does_not_take_stays_with_the_others_in_their_o
     die(rabbit, "a", "b", "c", "d")
     rabbit.full = True
     answer = client.post(REDRIVE, json={"ids": ["c"]})
-    refused(answer, 503, "took 0 messages back")
+    refused(answer, 503, "took 0 messages")
     assert rabbit.bodies("pizza.dead") == [b"0", b"1", b"2", b"3"]
     assert wire.sent(Basic.Publish)
 
