@@ -180,7 +180,8 @@ def broker(**variables: object) -> Iterator[None]:
     remove_broker()
     try:
         create = ["create", f"--name={CONTAINER}", f"--label={LABEL}", "--hostname=bench"]
-        create += ["--env=RABBITMQ_NODENAME=rabbit@bench", "--user=999:999", "--memory=1g"]
+        create += ["--env=RABBITMQ_NODENAME=rabbit@bench", "--user=999:999"]
+        create += [f"--memory={variables.get('rabbitmq_memory', '1G')}"]
         # As the role rabbitmq bounds its log; with RabbitMQ's own 512 MiB the alarm comes soon.
         log = f"-ra wal_max_size_bytes {LOG} -rabbit quorum_wal_max_size_bytes {LOG}"
         create += [f"--env=RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS={log}"]

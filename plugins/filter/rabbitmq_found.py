@@ -81,11 +81,13 @@ def _queue_conflict(own: Item, other: Item) -> str:
 
 
 def _exchange_conflict(own: Item, other: Item, exchange: str) -> str:
-    differences = [
-        f"its {key} is {str(other[key]).lower()}"
-        for key in ("type", "durable", "internal")
-        if other[key] != own[key]
-    ]
+    kind = other["type"]
+    differences = [] if kind == own["type"] else [f"its type is {kind}"]
+    if not other["durable"]:
+        differences.append("it is not durable")
+    # RabbitMQ 4.3 tells this only where it is so.
+    if other.get("internal"):
+        differences.append("it is internal, so nobody can send to it")
     if not differences:
         return ""
     name = own["name"]

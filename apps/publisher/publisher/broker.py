@@ -149,7 +149,8 @@ class Broker(Link):
     def confirmed(self) -> None:
         """Take note that the broker confirms messages; there may be room for more."""
         self.alive()
-        self._flush_soon()
+        if self._fresh or self._begun:  # saves a call for most confirms
+            self._flush_soon()
 
     def outlet_ready(self, outlet: Outlet) -> None:
         """Let the requests that wait for outlet have their turns."""
@@ -237,9 +238,9 @@ class Broker(Link):
             sending = waiting.popleft()
             if sending.done.is_set():  # its request gave up
                 continue
-            send, turn = sending.outlet.send, 0
+            outlet, turn = sending.outlet, 0
             for _ in range(min(MAX_TURN, most - count)):
-                turn += send(sending)
+                turn += outlet.send(sending)
                 count += 1
                 if sending.sent == len(sending.messages) or turn >= MAX_TURN_BYTES:
                     break
