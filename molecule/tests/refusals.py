@@ -339,7 +339,10 @@ def foreign(stack: Stack) -> Iterator[None]:
     stack.docker("volume", "create", "other-fluentd")
     stack.docker("network", "create", "third")
     classic = {"durable": True, "arguments": {"x-queue-type": "classic", "x-max-length": 9}}
-    made = {"/queues/%2F/lunch": classic, "/exchanges/%2F/breakfast": {"type": "fanout", "durable": True}}
+    made = {
+        "/queues/%2F/lunch": classic,
+        "/exchanges/%2F/breakfast": {"type": "fanout", "durable": True},
+    }
     for path, body in made.items():
         put = ("--request", "PUT", "--json", json.dumps(body))
         assert stack.api(path, "admin", *put).status == 201
