@@ -50,7 +50,7 @@ def main() -> None:
     print("\n| Case | Messages a second | p50 / p99 ms | To one queue |\n|---|---|---|---|")
     for name in runs:
         rates = figures(runs, name, "rate")
-        ones = figures(runs, f"{name.split(',')[0]}, 1 queues", "rate")
+        ones = figures(runs, f"{name.split(',')[0]}, 1 queue", "rate")
         ratio = median(rate / one for rate, one in zip(rates, ones, strict=True))
         p50, p99 = (median(figures(runs, name, what)) for what in ("p50", "p99"))
         print(f"| {name} | {median(rates):,.0f} | {p50:.1f} / {p99:.1f} | {ratio:.2f} |")
@@ -62,7 +62,8 @@ def cases(publisher: App, subscriber: App, names: list[str]) -> dict[str, partia
     paths = [f"/queues/{name}/messages" for name in names]
     send = partial(wrk, 64, publisher.address, TEXT, {"Content-Type": "text/plain"}, paths=paths)
     receive = partial(wrk, 64, subscriber.address, paths=paths)
-    return {f"POST, {len(names)} queues": send, f"GET, {len(names)} queues": receive}
+    used = f"{len(names)} queue{'s' * (len(names) > 1)}"
+    return {f"POST, {used}": send, f"GET, {used}": receive}
 
 
 def empty(subscriber: App, names: list[str]) -> None:
