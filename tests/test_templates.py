@@ -1,6 +1,7 @@
 """The configurations, rendered by Ansible from the defaults, say what the design promises."""
 
 import base64
+import fcntl
 import hashlib
 import json
 import os
@@ -168,7 +169,9 @@ def test_a_tag_names_a_file_only_where_it_is_known(rendered: Rendered) -> None:
     assert re.fullmatch(r"/\\A\((\w+\|)*\w+\)\\z/", match)
 
 
-def prune(rendered: Rendered, folder: Path, files: dict[str, tuple[int, int]]) -> list[str]:
+def prune(
+    rendered: Rendered, folder: Path, files: dict[str, tuple[int, int]], timeout: float = 60
+) -> list[str]:
     """Make files, each of an age in seconds and a size in MiB; return what pruning leaves."""
     now = time.time()
     for name, (age, size) in files.items():
@@ -177,8 +180,18 @@ def prune(rendered: Rendered, folder: Path, files: dict[str, tuple[int, int]]) -
         os.truncate(path, size << 20)
         os.utime(path, (now - age, now - age))
     script = rendered.first["fluentd/prune.sh"].replace("/fluentd/log", "$LOGS")
-    subprocess.run(["sh", "-c", script], env={**os.environ, "LOGS": str(folder)}, check=True)
+    environment = {**os.environ, "LOGS": str(folder)}
+    subprocess.run(["sh", "-c", script], env=environment, check=True, timeout=timeout)
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_who_prunes_waits_for_another_one_to_end(rendered: Rendered, tmp_path: Path) -> None:
+    other = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(subprocess.TimeoutExpired):
+        prune(rendered, tmp_path, {}, timeout=0.5)
+    os.close(other)
+    assert prune(rendered, tmp_path, {}) == []
 
 
 def test_what_is_old_is_pruned_and_broken_chunks_too(rendered: Rendered, tmp_path: Path) -> None:
