@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from subscriber.app import create_app
 from subscriber.broker import Broker
 from subscriber.overview import Overview
 from subscriber.settings import Settings
+
+from .conftest import serving
 
 PASSWORD = "p\u00e4ss"
 BROKER = BrokerSettings(user="subscriber", password=PASSWORD)
@@ -54,30 +56,17 @@ class Api:
 def api() -> Iterator[Api]:
     api = Api()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            api.asked.append((self.path, self.headers["Authorization"]))
-            api.at_a_time += 1
-            api.most = max(api.most, api.at_a_time)
-            api.prompt.wait(5)
-            body = json.dumps(api.rows).encode() if api.body is None else api.body
-            self.send_response(api.status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            api.at_a_time -= 1
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        api.asked.append((request.path, request.headers["Authorization"]))
+        api.at_a_time += 1
+        api.most = max(api.most, api.at_a_time)
+        api.prompt.wait(5)
+        api.at_a_time -= 1
+        return api.status, json.dumps(api.rows).encode() if api.body is None else api.body
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        api.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
+    with serving(answer) as api.url:
         yield api
         api.prompt.set()
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """What a peek promises over HTTP, and what becomes of messages that the door holds."""
 
 import json
-import threading
 from collections.abc import Iterator
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +22,7 @@ from subscriber.broker import Broker
 from subscriber.settings import Settings
 from werkzeug.test import create_environ
 
-from .conftest import Events, Rabbit, Wire
+from .conftest import Events, Rabbit, Wire, serving
 
 PIZZA = "/queues/pizza/messages"
 PEEK = f"{PIZZA}/peek"
@@ -61,24 +60,12 @@ class Api:
 def api() -> Iterator[Api]:
     api = Api()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            api.asked.append(self.path)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(api.body)))
-            self.end_headers()
-            self.wfile.write(api.body)
+    def answer(request: BaseHTTPRequestHandler) -> tuple[int, bytes]:
+        api.asked.append(request.path)
+        return 200, api.body
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        api.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, args=[0.01])
-        thread.start()
+    with serving(answer) as api.url:
         yield api
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
