@@ -120,9 +120,9 @@ class Stack:
         """Run a Python script on the host and return what it printed as JSON."""
         return json.loads(self.run("python3 -c %s" + " %s" * len(args), script, *args))
 
-    def http(self, port: str, path: str, *curl: str) -> Answer:
+    def http(self, port: str, path: str, *curl: str, top: str = "http://127.0.0.1") -> Answer:
         """Ask path of the port that the variable port sets, with more arguments of curl."""
-        url = f"http://127.0.0.1:{self.vars[port]}{path}"
+        url = f"{top}:{self.vars[port]}{path}"
         args = ["--silent", "--show-error", "--include", "--max-time", "20", *curl, url]
         result = self.host.run("curl" + " %s" * len(args), *args)
         if result.rc != 0:
