@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bcrypt
 import pytest
 
 FILTERS = Path(__file__).parents[1] / "plugins/filter"
@@ -904,7 +905,7 @@ def test_prometheus_scrapes_what_the_catalogue_says(filters: Any) -> None:
     params = {"family": ["queue"]}
     more = {"job": "rabbitmq_detailed", "port": 2, "path": "/more", "params": params}
     catalogue = {"rabbitmq": {"scrapes": [{"port": 1}, more]}, "fluentd": {}}
-    assert filters["monitoring_scrapes"](catalogue) == [
+    assert filters["monitoring_scrapes"](catalogue, "/etc/p", False, False) == [
         {"job_name": "rabbitmq", "static_configs": [{"targets": ["rabbitmq:1"]}]},
         {
             "job_name": "rabbitmq_detailed",
@@ -913,6 +914,42 @@ def test_prometheus_scrapes_what_the_catalogue_says(filters: Any) -> None:
             "static_configs": [{"targets": ["rabbitmq:2"]}],
         },
     ]
+
+
+def test_a_scrape_has_password_and_tls_where_the_target_asks_for_them(filters: Any) -> None:
+    catalogue = {
+        "door": {"scrapes": [{"port": 1, "password": True}]},
+        "web": {"scrapes": [{"port": 2, "password": True, "tls": True}]},
+        "open": {"scrapes": [{"port": 3}]},
+    }
+    scrapes = filters["monitoring_scrapes"]
+    password = {"username": "prometheus", "password_file": "/p/scrape_password"}
+    door, web, open_ = scrapes(catalogue, "/p", True, True, "mq.example.com")
+    assert (door["basic_auth"], "scheme" in door, "tls_config" in door) == (password, False, False)
+    assert (web["basic_auth"], web["scheme"]) == (password, "https")
+    assert web["tls_config"] == {"ca_file": "/p/tls/ca.pem", "server_name": "mq.example.com"}
+    assert open_.keys() == {"job_name", "static_configs"}
+    plain = scrapes(catalogue, "/p", True, False)
+    assert ["basic_auth" in one for one in plain] == [True, True, False]
+    assert not any("scheme" in one or "tls_config" in one for one in plain)
+
+
+def test_the_web_configuration_has_hashes_that_stay_the_same(filters: Any) -> None:
+    web = filters["monitoring_web"]({"a": "secret", "b": "secret"}, "salt", True)
+    assert web == filters["monitoring_web"]({"a": "secret", "b": "secret"}, "salt", True)
+    hashes = web["basic_auth_users"]
+    assert all(bcrypt.checkpw(b"secret", hashes[user].encode()) for user in "ab")
+    assert hashes["a"] != hashes["b"]
+    assert web["tls_server_config"]["min_version"] == "TLS12"
+    assert "tls_server_config" not in filters["monitoring_web"]({}, "salt", False)
+
+
+def test_a_url_is_the_one_that_users_type(filters: Any) -> None:
+    url = filters["stack_url"]
+    assert url("0.0.0.0", 5000, False, ["mq.example.com"]) == "http://localhost:5000"
+    assert url("127.0.0.1", 5000, True) == "https://localhost:5000"
+    assert url("192.0.2.1", 5000, True) == "https://192.0.2.1:5000"
+    assert url("0.0.0.0", 5000, True, ["mq.example.com", "b"]) == "https://mq.example.com:5000"
 
 
 def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:

@@ -1,10 +1,14 @@
 """Filters that the role monitoring computes with."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
+
+from ansible.errors import AnsibleFilterError
 
 # Where Alertmanager has its secrets in the container.
 SECRETS = "/etc/alertmanager/secrets"
@@ -15,19 +19,77 @@ DURATION = re.compile(
 NUMBER = re.compile(r"[0-9]+([.][0-9]+)?")
 
 
-def monitoring_scrapes(containers: Mapping[str, Any]) -> list[dict[str, Any]]:
+def monitoring_client(folder: str, guarded: bool, tls: bool, name: str = "") -> dict[str, Any]:
+    """Return how Prometheus' and Alertmanager's programs ask a server of the stack.
+
+    The files are in folder; name is what the certificate has, where that is not the container's.
+    Source: https://prometheus.io/docs/alerting/latest/configuration/#http_config
+    """
+    client: dict[str, Any] = {}
+    if guarded:
+        password = f"{folder}/scrape_password"
+        client["basic_auth"] = {"username": "prometheus", "password_file": password}
+    if tls:
+        client["tls_config"] = {"ca_file": f"{folder}/tls/ca.pem"}
+        if name:
+            client["tls_config"]["server_name"] = name
+    return client
+
+
+def monitoring_web(passwords: Mapping[str, str], salt: str, tls: bool) -> dict[str, Any]:
+    """Return the web configuration that Prometheus and Alertmanager have in common.
+
+    Who asks needs one of passwords, by user; of them it has bcrypt's hashes, the same at each run.
+    Source: https://prometheus.io/docs/prometheus/latest/configuration/https/
+    """
+    web: dict[str, Any] = {
+        "basic_auth_users": {
+            user: _bcrypt(password, f"{salt}{user}") for user, password in passwords.items()
+        }
+    }
+    if tls:
+        web["tls_server_config"] = {
+            "cert_file": "tls/certificate.pem",
+            "key_file": "tls/key.pem",
+            "min_version": "TLS12",
+        }
+    return web
+
+
+@cache
+def _bcrypt(password: str, salt: str) -> str:
+    try:
+        import bcrypt
+    except ImportError:
+        raise AnsibleFilterError(
+            "Prometheus and Alertmanager take passwords as bcrypt's hashes; install the Python"
+            " package bcrypt where Ansible runs."
+        ) from None
+    # 22 digits of bcrypt's base 64 are a salt; the last one has two bits.
+    digits = f"{hashlib.sha256(salt.encode()).hexdigest()[:21]}e"
+    return bcrypt.hashpw(password.encode(), f"$2b$10${digits}".encode()).decode()
+
+
+def monitoring_scrapes(
+    containers: Mapping[str, Any], folder: str, guarded: bool, tls: bool, name: str = ""
+) -> list[dict[str, Any]]:
     """Return Prometheus' scrape_configs for the containers of the catalogue.
 
+    The rest is as monitoring_client has it.
     Source: https://prometheus.io/docs/prometheus/latest/configuration/configuration/#scrape_config
     """
     return [
         {
-            "job_name": scrape.get("job", name),
+            "job_name": scrape.get("job", container_name),
             **({"metrics_path": scrape["path"]} if "path" in scrape else {}),
             **({"params": scrape["params"]} if "params" in scrape else {}),
-            "static_configs": [{"targets": [f"{name}:{scrape['port']}"]}],
+            **({"scheme": "https"} if tls and "tls" in scrape else {}),
+            **monitoring_client(
+                folder, guarded and "password" in scrape, tls and "tls" in scrape, name
+            ),
+            "static_configs": [{"targets": [f"{container_name}:{scrape['port']}"]}],
         }
-        for name, container in containers.items()
+        for container_name, container in containers.items()
         for scrape in container.get("scrapes", [])
     ]
 
@@ -86,8 +148,10 @@ class FilterModule:
         """Return the filters by name."""
         return {
             "monitoring_bad_values": monitoring_bad_values,
+            "monitoring_client": monitoring_client,
             "monitoring_files": monitoring_files,
             "monitoring_missing_secrets": monitoring_missing_secrets,
             "monitoring_scrapes": monitoring_scrapes,
             "monitoring_secrets": monitoring_secrets,
+            "monitoring_web": monitoring_web,
         }
