@@ -1011,7 +1011,7 @@ def test_a_receiver_s_file_is_a_secret_that_is_given_or_the_image_s(filters: Any
 @pytest.mark.parametrize(
     ("given", "bad"),
     [
-        ({"for": "1m30s", "above": 0.5, "within": "1d", "hours": "4"}, []),
+        ({"for": "1m30s", "above": 0.5, "within": "1d", "hours": "4", "days": 7}, []),
         ({"for": "0s"}, ["0s"]),
         ({"for": "90"}, ["90"]),
         ({"for": ""}, [""]),
@@ -1026,5 +1026,5 @@ def test_a_receiver_s_file_is_a_secret_that_is_given_or_the_image_s(filters: Any
 def test_an_alert_takes_the_values_that_it_knows(
     filters: Any, given: dict[str, Any], bad: list[str]
 ) -> None:
-    known = dict.fromkeys(("for", "above", "within", "hours", "queues"))
+    known = dict.fromkeys(("for", "above", "within", "hours", "days", "queues"))
     assert filters["monitoring_bad_values"](given, known, ["takeaway", "orders"]) == bad

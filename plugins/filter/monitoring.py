@@ -125,7 +125,7 @@ def monitoring_bad_values(
     Thresholds are for queues of names and for their dead queues.
     """
     forms = dict.fromkeys(("for", "keep", "within"), DURATION)
-    forms |= dict.fromkeys(("above", "hours"), NUMBER)
+    forms |= dict.fromkeys(("above", "days", "hours"), NUMBER)
     unknown = [name for name in given if name not in known]
     wrong = [
         str(given[name])

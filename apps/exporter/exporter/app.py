@@ -1,4 +1,4 @@
-"""One scrape of the broker, and of Fluentd, for each GET of /metrics."""
+"""One scrape of the broker, of Fluentd and of certificates, for each GET of /metrics."""
 
 import asyncio
 import logging
@@ -11,6 +11,7 @@ from aiohttp import web
 
 from exporter import __version__
 from exporter.broker import Broker, NoAnswer
+from exporter.certificates import Seen, certificate_families, look
 from exporter.families import Families, Origin, Record, ShapeError, parse
 from exporter.fluentd import Fluentd, plugin_families, plugins_in
 from exporter.settings import Settings
@@ -48,6 +49,7 @@ class Scrape:
         origin: Origin | None,
         answers: dict[str, Answer],
         fluentd: Answer | None,
+        certificates: list[Seen],
     ) -> None:
         """Tell of answers under the labels of origin; None: no broker was ever seen.
 
@@ -57,6 +59,7 @@ class Scrape:
         self._origin = origin
         self._answers = answers
         self._fluentd = fluentd
+        self._certificates = certificates
 
     @property
     def up(self) -> bool:
@@ -90,10 +93,11 @@ class Scrape:
                     yield from families.of(module, answer.records)
         if self._fluentd:
             yield from plugin_families(self._fluentd.records, not self._fluentd.failure)
+        yield from certificate_families(self._certificates)
 
 
 class Exporter:
-    """Asks the broker and Fluentd, and remembers of them what the next failure needs."""
+    """Asks the broker, Fluentd and TLS ports, and remembers what the next failure needs."""
 
     def __init__(self, settings: Settings, broker: Broker, fluentd: Fluentd | None) -> None:
         """Ask nothing yet."""
@@ -114,12 +118,16 @@ class Exporter:
         if self._fluentd:
             names.append("fluentd")
             others.append(_answer(self._fluentd.get(deadline), plugins_in))
+        looking = asyncio.create_task(look(self._settings, deadline))
         answers = await asyncio.gather(overview, *others)
+        certificates = await looking
         named = dict(zip(names, answers, strict=True))
         for name, answer in named.items():
             self._tell(name, answer.failure)
+        for seen in certificates:
+            self._tell(f"TLS of {seen.target}", seen.failure)
         told = named.pop("fluentd", None)
-        scrape = Scrape(self._settings, self._seen(named["overview"]), named, told)
+        scrape = Scrape(self._settings, self._seen(named["overview"]), named, told, certificates)
         self.up = scrape.up
         # Thousands of queues take a second, in which others want their answers, too.
         return await asyncio.to_thread(lambda: written(scrape.families()))

@@ -1,6 +1,6 @@
 """What the exporter is told by its environment, under the names of kbudde/rabbitmq_exporter.
 
-FLUENTD_URL is not among those: it is this exporter's own.
+FLUENTD_URL, TLS_TARGETS and TLS_CA_FILE are not among those: they are this exporter's own.
 
 `python3 -m exporter.settings` checks it with nothing installed, and without the files that it
 names: they need not be on the machine that checks.
@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 from common.environment import ConfigError, Environment
 
@@ -30,7 +30,9 @@ LOG_LEVELS = {
     "debug": logging.DEBUG,
     "trace": logging.DEBUG,
 }
-_URL = re.compile(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d+))?(/[^\s?#@]*)?", re.I)
+_HOST = r"([\w.-]+|\[[0-9a-f:.]+\])"
+_URL = re.compile(rf"https?://{_HOST}(:(?P<port>\d+))?(/[^\s?#@]*)?", re.I)
+_TARGET = re.compile(rf"(?P<name>[\w.-]+)=(?P<host>{_HOST}):(?P<port>\d+)", re.I)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,14 @@ class Filter:
         return bool(self.include.search(name)) and not self.skip.search(name)
 
 
+class Target(NamedTuple):
+    """A port whose certificate is watched."""
+
+    name: str
+    host: str
+    port: int
+
+
 @dataclass(frozen=True)
 class Settings:
     """Where the broker's API is, what is taken from it and where that is published."""
@@ -64,9 +74,12 @@ class Settings:
     loadbalancer: bool = False
     # Of Fluentd's monitor_agent; None: it is not asked.
     fluentd_url: str | None = None
+    tls_targets: tuple[Target, ...] = ()
+    # The CAs that their clients trust; None: those of the system.
+    tls_ca_file: str | None = None
     # Besides the overview, which is always asked.
     modules: tuple[str, ...] = ("exchange", "node", "queue")
-    # Seconds that a whole scrape waits for the broker and Fluentd.
+    # Seconds that a whole scrape waits for the broker, Fluentd and certificates.
     timeout: int = 30
     # With more queues than this no queue is told; 0: no limit.
     max_queues: int = 0
@@ -87,7 +100,7 @@ class Settings:
 
     @classmethod
     def read(cls, variables: Mapping[str, str], *, with_files: bool = True) -> Self:
-        """Read RABBIT_*, FLUENTD_URL, PUBLISH_*, filters and the rest; ConfigError by name.
+        """Read RABBIT_*, FLUENTD_URL, TLS_*, PUBLISH_* and the rest; ConfigError by name.
 
         An empty value counts as none. Without with_files no login is read from a file: it is
         empty then.
@@ -105,6 +118,8 @@ class Settings:
             user=user,
             password=_login(env, "RABBIT_PASSWORD", "guest", with_files),
             fluentd_url=_fluentd_url(env),
+            tls_targets=_targets(env),
+            tls_ca_file=env.optional("TLS_CA_FILE"),
             loadbalancer=connection == "loadbalancer",
             modules=_modules(env, cls.modules),
             timeout=env.number("RABBIT_TIMEOUT", cls.timeout, 1, 3600),
@@ -165,6 +180,18 @@ def _fluentd_url(env: Environment) -> str | None:
 def _is_url(url: str) -> bool:
     match = _URL.fullmatch(url)
     return bool(match and 1 <= int(match["port"] or 80) <= 65535)
+
+
+def _targets(env: Environment) -> tuple[Target, ...]:
+    """Return the targets in TLS_TARGETS, each written NAME=HOST:PORT and named once."""
+    targets: dict[str, Target] = {}
+    for text in _items(env, "TLS_TARGETS"):
+        match = _TARGET.fullmatch(text)
+        if not match or match["name"] in targets or not 1 <= int(match["port"]) <= 65535:
+            raise ConfigError(f"TLS_TARGETS must be of NAME=HOST:PORT, each once, got {text!r}")
+        name, host = match["name"], match["host"].strip("[]")
+        targets[name] = Target(name, host, int(match["port"]))
+    return tuple(targets.values())
 
 
 def _login(env: Environment, name: str, default: str, with_files: bool) -> str:

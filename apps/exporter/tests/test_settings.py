@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from common.environment import ConfigError
 from exporter import __version__
-from exporter.settings import Settings
+from exporter.settings import Settings, Target
 
 APP = Path(__file__).parents[1]
 
@@ -26,6 +26,7 @@ def test_an_empty_environment_gives_the_original_s_defaults() -> None:
     assert (settings.address, settings.port) == ("", 9419)
     assert (settings.timeout, settings.max_queues) == (30, 0)
     assert settings.fluentd_url is None
+    assert (settings.tls_targets, settings.tls_ca_file) == ((), None)
     assert sorted(settings.modules) == ["exchange", "node", "queue"]
     assert settings == Settings.read(dict.fromkeys(["RABBIT_URL", "FLUENTD_URL", "CAFILE"], ""))
     assert settings == Settings.read({"RABBIT_CAPABILITIES": "no_sort,bert"})
@@ -38,6 +39,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         {
             "RABBIT_URL": "https://[::1]:15671/prefix/",
             "FLUENTD_URL": "http://fluentd:24220/",
+            "TLS_TARGETS": "front=front:5000, web-1=[::1]:443",
+            "TLS_CA_FILE": "cas",
             "RABBIT_USER": "monitor",
             "RABBIT_PASSWORD_FILE": str(secret),
             "RABBIT_CONNECTION": "loadbalancer",
@@ -58,6 +61,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     assert settings == Settings(
         url="https://[::1]:15671/prefix",
         fluentd_url="http://fluentd:24220",
+        tls_targets=(Target("front", "front", 5000), Target("web-1", "::1", 443)),
+        tls_ca_file="cas",
         user="monitor",
         password="s3cret",
         loadbalancer=True,
@@ -82,6 +87,8 @@ BAD = [
     *[("RABBIT_URL", url) for url in ["http://b:99999", "http://a b", "http://b/?x=1"]],
     *[("FLUENTD_URL", url) for url in ["fluentd:24220", "https://f", "http://", "http://f:0"]],
     *[("FLUENTD_URL", url) for url in ["http://f:99999", "http://a b", "http://f/?x=1"]],
+    *[("TLS_TARGETS", f"a=a:1,{bad}") for bad in ["b", "b:1", "b=b", "=b:1", "b=:1", "b=b:0"]],
+    *[("TLS_TARGETS", f"a=a:1,{bad}") for bad in ["b=b:65536", "b=b:x", "b=b:1:1", "a=b:1"]],
     ("RABBIT_USER", "a:b"),
     ("RABBIT_USER_FILE", "/nowhere"),
     ("RABBIT_PASSWORD_FILE", "/nowhere"),
