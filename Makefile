@@ -1,4 +1,4 @@
-# make up | status | logs | down | clean | backup | restore FILE=… | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
+# make up | status | logs | down | clean | backup | ca | restore FILE=… | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
 SHELL := /bin/bash
 INVENTORY ?= inventory/local.yml
 ARGS ?=
@@ -17,13 +17,13 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup restore test lint unit unit-python unit-engine molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
 	$(PLAYBOOK) playbooks/site.yml playbooks/status.yml
 
-status down clean images backup: .venv/.run
+status down clean images backup ca: .venv/.run
 	$(PLAYBOOK) playbooks/$@.yml
 
 # FILE: an archive of `make backup`.
