@@ -121,7 +121,7 @@ class Given:
 
     def faults(self, names: tuple[str, ...] = (), **paths: str) -> str:
         files = {kind: f"{kind}.pem" for kind in ("certificate", "key", "ca")} | paths
-        reached = ("broker1", "192.0.2.10", "0.0.0.0", "localhost")
+        reached = ("broker1", "192.0.2.10", "0.0.0.0", "127.0.0.1")
         found = self.filters["tls_given_faults"](files, str(self.folder), names, reached)
         return " ".join(found)
 
@@ -298,7 +298,7 @@ def test_a_certificate_is_a_server_s(given: Given) -> None:
     [
         (("192.0.2.10",), (), ""),
         (("BROKER1",), (), ""),
-        (("a.example",), (), "is for DNS:a.example, and the host is known as 0.0.0.0, 192.0.2.10"),
+        (("a.example",), (), "is for DNS:a.example, and the host is known as 192.0.2.10, broker1;"),
         ((), (), "is for no name, and the host is known as"),
         # 0.0.0.0 is nobody's.
         (("0.0.0.0",), (), "is for IP:0.0.0.0, and the host"),
@@ -316,6 +316,19 @@ def test_names_are_those_that_clients_use(
     given.write(pair("leaf", given.middle, names=has))
     assert says in given.faults(names)
     assert bool(says) == bool(given.faults(names))
+
+
+def test_loopback_is_enough_only_where_nothing_else_is_open(given: Given) -> None:
+    files = {kind: f"{kind}.pem" for kind in ("certificate", "key", "ca")}
+    given.write(pair("leaf", given.middle, names=("localhost", "127.0.0.1")))
+
+    def faults(*reached: str) -> list[str]:
+        told: list[str] = given.filters["tls_given_faults"](files, str(given.folder), [], reached)
+        return told
+
+    assert faults("broker1", "127.0.0.1", "127.0.0.1") == []
+    assert "is known as broker1;" in faults("broker1", "0.0.0.0", "127.0.0.1")[0]
+    assert "is known as 192.0.2.1, broker1;" in faults("broker1", "127.0.0.1", "192.0.2.1")[0]
 
 
 def test_what_only_a_client_sees_is_told(given: Given) -> None:
