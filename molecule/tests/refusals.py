@@ -215,6 +215,29 @@ CASES = [
         {"stack_secrets_dir": str(INVENTORY.parent / "bad/secrets")},
         ["bad/secrets/empty", "bad/secrets/half.lockfile", "bad/secrets/foreign", "chown"],
     ),
+    # YAML reads a bare on as true.
+    (
+        {
+            "stack_tls": True,
+            "stack_tls_names": ["*.a"],
+            "tls_certificate_days": 30,
+            "refused_by": ["tls"],
+        },
+        [
+            "stack_tls is True; write",
+            "own or files",
+            "stack_tls_names is ['*.a']; write names of hosts",
+            "tls_certificate_days is 30; write days from 90",
+        ],
+    ),
+    (
+        {"stack_tls": "files", "stack_tls_key_file": "../bad/key.pem", "refused_by": ["tls"]},
+        [
+            "stack_tls_certificate_file is empty: name the file",
+            "stack_tls_key_file is ../bad/key.pem: its mode 0644 lets others read the key",
+            "stack_tls_ca_file is empty",
+        ],
+    ),
     ({"preflight_architectures": ["riscv64"]}, ["riscv64", "preflight_architectures"]),
     ({"preflight_min_free_gib": 99999}, ["99999 GiB", "preflight_min_free_gib"]),
     (
@@ -381,6 +404,8 @@ def bad_files() -> Iterator[None]:
         (folder / "secrets" / name).write_text(text)
         (folder / "secrets" / name).chmod(0o600)
     os.chown(folder / "secrets/foreign", 1, 1)
+    (folder / "key.pem").write_text("x")
+    (folder / "key.pem").chmod(0o644)
     (folder / "tokens").mkdir(exist_ok=True)
     (folder / "tokens/client_short").write_text("short")
     (folder / "tokens/client_short").chmod(0o600)

@@ -52,6 +52,14 @@ def alternatives(names: Iterable[object]) -> set[str]:
     return {alternative(name) for name in names} - {"", "IP:0.0.0.0"}
 
 
+def _reached(names: Iterable[object]) -> set[str]:
+    """Return names as certificates have them; those of loopback only where no address is else."""
+    known = alternatives(names)
+    addresses = [one.removeprefix("IP:") for one in map(alternative, names) if one[:3] == "IP:"]
+    local = {f"IP:{one}" for one in addresses if ipaddress.ip_address(one).is_loopback}
+    return known | {"DNS:localhost"} if len(local) == len({*addresses}) else known - local
+
+
 def tls_bad_names(names: Iterable[object]) -> list[str]:
     """Return those of names that are neither the name of a host nor an address of one."""
     return [str(name) for name in names if not alternatives([name])]
@@ -263,7 +271,7 @@ def tls_given(files: Mapping[str, str], folder: str, containers: Iterable[str]) 
 
 
 def tls_given_faults(
-    files: Mapping[str, str], folder: str, names: Sequence[object], reached: Iterable[object]
+    files: Mapping[str, str], folder: str, names: Sequence[object], reached: Sequence[object]
 ) -> list[str]:
     """Return what is wrong with the files that tls_given would read.
 
@@ -290,7 +298,7 @@ def tls_given_faults(
             *_chain_faults(where, _named("ca", files["ca"]), chain, roots),
             *_name_faults(where, chain[0], names, reached),
         ]
-    return faults or _client_faults(where, chain, roots, [*names, *reached])
+    return faults or _client_faults(where, chain, roots, alternatives(names) | _reached(reached))
 
 
 def _named(kind: str, path: str) -> str:
@@ -404,7 +412,7 @@ def _unsigned(where: str, one: x509.Certificate) -> str:
 
 
 def _name_faults(
-    where: str, leaf: x509.Certificate, names: Sequence[object], reached: Iterable[object]
+    where: str, leaf: x509.Certificate, names: Sequence[object], reached: Sequence[object]
 ) -> list[str]:
     has = _names_of(leaf)
     says = f"{where} {subject(leaf)} is for {', '.join(sorted(has)) or 'no name'}"
@@ -414,8 +422,9 @@ def _name_faults(
             f"{says}, not for {', '.join(lacks)} of stack_tls_names; ask for one that is, or remove"
             " what no client uses."
         ]
-    if not any(_covers(has, name) for name in alternatives([*names, *reached])):
-        told = ", ".join(sorted({str(name) for name in reached}))
+    known = alternatives(names) | _reached(reached)
+    if not any(_covers(has, name) for name in known):
+        told = ", ".join(sorted(name.partition(":")[2] for name in known))
         return [
             f"{says}, and the host is known as {told}; ask for a certificate with one of these as "
             "subjectAltName, or write the names that clients use into stack_tls_names."
@@ -424,7 +433,7 @@ def _name_faults(
 
 
 def _client_faults(
-    where: str, chain: Certificates, roots: Certificates, names: Iterable[object]
+    where: str, chain: Certificates, roots: Certificates, names: set[str]
 ) -> list[str]:
     """Ask as a client would, for what is rarer: limits of a CA, signatures that are too weak."""
     # cryptography has policies since version 45.
@@ -438,7 +447,7 @@ def _client_faults(
     )
     builder = verification.PolicyBuilder().store(verification.Store(roots))
     builder = builder.extension_policies(ca_policy=any_ca, ee_policy=any_leaf)
-    name = next(one for one in map(alternative, names) if _covers(_names_of(chain[0]), one))
+    name = next(one for one in sorted(names) if _covers(_names_of(chain[0]), one))
     kind, _, text = name.partition(":")
     wanted = x509.IPAddress(ipaddress.ip_address(text)) if kind == "IP" else x509.DNSName(text)
     try:
