@@ -58,8 +58,8 @@ unit: unit-python unit-engine
 unit-python: .venv/.test
 	$(PYTEST) apps tests --ignore tests/bare $(addprefix --ignore ,$(BY_ENGINE))
 
-# By the engine, and by promtool and amtool of the images.
-BY_ENGINE = tests/test_alerts.py tests/test_image_source.py
+# By the engine, and by promtool, amtool and HAProxy of the images.
+BY_ENGINE = tests/test_alerts.py tests/test_front.py tests/test_image_source.py
 unit-engine: .venv/.test test-host
 	$(PYTEST) $(BY_ENGINE)
 

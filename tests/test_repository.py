@@ -77,7 +77,7 @@ def imported(module: Path) -> set[str]:
 @pytest.mark.parametrize("app", ["collector", "exporter", "publisher", "subscriber"])
 def test_an_image_has_each_app_that_its_program_imports(app: str) -> None:
     catalogue = yaml.safe_load((ROOT / "roles/stack/vars/main.yml").read_text())
-    containers = catalogue["stack_containers"]
+    containers = catalogue["stack_catalogue"]
     contexts = containers.get(app, containers["fluentd"])["image"]["contexts"]
     parts = {Path(context).name for context in contexts}
     copied = re.findall(

@@ -39,11 +39,11 @@ def test_a_second_rendering_changes_nothing(rendered: Rendered) -> None:
 
 def test_passwords_are_long_all_different_and_for_their_owner_only(rendered: Rendered) -> None:
     files = list(rendered.secrets.iterdir())
-    assert len(files) == 4
+    assert len(files) == 6
     assert all(path.stat().st_mode & 0o077 == 0 for path in files)
     passwords = [path.read_text().strip() for path in files]
     assert all(re.fullmatch("[A-Za-z0-9]{32}", password) for password in passwords)
-    assert len(set(passwords)) == 4
+    assert len(set(passwords)) == 6
 
 
 def test_no_rendered_file_carries_a_password(rendered: Rendered) -> None:
@@ -138,7 +138,8 @@ def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) ->
     tags = {}
     for path in ROOT.glob("roles/*/tasks/*.yml"):
         for task in yaml.safe_load(path.read_text()):
-            if container := task.get("community.docker.docker_container"):
+            container = task.get("community.docker.docker_container")
+            if container and container["state"] != "absent":
                 options = str(container.get("log_options"))
                 tag = re.search(r"stack_log_options \| combine\(\{'tag': '(\w+)'\}\)", options)
                 tags[path.stem] = tag[1] if tag else None
@@ -146,6 +147,43 @@ def test_every_container_logs_under_a_tag_that_has_a_file(rendered: Rendered) ->
     assert tags.pop("fluentd") is None
     assert tags == {name: name for name in tags}
     assert tags.keys() <= set(named.split("|"))
+
+
+def test_a_front_is_there_and_scraped_only_where_the_stack_is_guarded(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    def jobs(texts: dict[str, str]) -> list[str]:
+        scrapes = yaml.safe_load(texts["prometheus/scrape/stack.yml"])["scrape_configs"]
+        return [scrape["job_name"] for scrape in scrapes]
+
+    values = {"stack_tls": "own", "stack_secrets_dir": str(rendered.secrets)}
+    assert "front" not in jobs(rendered.first)
+    assert set(jobs(render(tmp_path, **values))) - set(jobs(rendered.first)) == {"front"}
+
+
+def test_the_front_speaks_tls_at_every_published_port_or_at_none(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    def published(texts: dict[str, str]) -> dict[str, str]:
+        binds = re.findall(r"^  bind :(\d+)(.*)$", texts["front/haproxy.cfg"], re.MULTILINE)
+        return {port: how for port, how in binds if port != "8405"}
+
+    values = {"stack_tls": "own", "stack_secrets_dir": str(rendered.secrets)}
+    plain, tls = published(rendered.first), published(render(tmp_path, **values))
+    assert plain == dict.fromkeys(("5000", "5001", "9149", "15692"), "")
+    assert tls.keys() == plain.keys()
+    assert {how.split()[0] for how in tls.values()} == {"ssl"}
+
+
+def test_the_front_lets_both_users_of_the_monitoring_in(rendered: Rendered) -> None:
+    expected = {
+        hashlib.sha256(base64.b64encode(f"{user}:{password}".encode())).hexdigest().upper()
+        for user, file in (("monitoring", "monitoring"), ("prometheus", "monitoring_scrape"))
+        for password in [(rendered.secrets / file).read_text().strip()]
+    }
+    text = rendered.first["front/haproxy.cfg"]
+    known = re.findall(r"^  acl known .* -m str (.+)$", text, re.MULTILINE)
+    assert [set(logins.split()) for logins in known] == [expected, expected]
 
 
 def test_every_engine_since_20_10_knows_the_options_of_its_log_driver() -> None:

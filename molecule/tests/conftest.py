@@ -16,8 +16,9 @@ import yaml
 
 PROJECT = Path(__file__).parents[2]
 INVENTORY = Path(os.environ.get("MOLECULE_INVENTORY_FILE", "none")).parent
-CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())["stack_containers"]
-SERVICES = [*CATALOGUE]
+CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())["stack_catalogue"]
+# The front is there only where the stack is guarded.
+SERVICES = [name for name in CATALOGUE if name != "front"]
 
 # Does one thing as one user and prints how it ended.
 ATTEMPT = """

@@ -27,7 +27,9 @@ DAEMON = {"log-driver": "fluentd"}
 PLAYBOOK = "ANSIBLE_CONFIG=ansible.cfg LC_ALL=C.UTF-8 .venv/bin/ansible-playbook"
 CHECK = f"{PLAYBOOK} --check --diff playbooks/site.yml"
 PULLED = ("debian:", "rabbitmq:", "prom/", "fluent/")
-SERVICES = yaml.safe_load((ROOT / "roles/stack/vars/main.yml").read_text())["stack_containers"]
+SERVICES = yaml.safe_load((ROOT / "roles/stack/vars/main.yml").read_text())["stack_catalogue"]
+# There only where the stack is guarded.
+del SERVICES["front"]
 
 # Where HTTPS leads through a private authority or a proxy, the machine is told as its host was.
 NAMES = "PIP_CERT SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE http_proxy https_proxy no_proxy"
