@@ -19,6 +19,7 @@ def test_down_keeps_the_data_and_clean_leaves_only_what_is_others(stack: Stack) 
     # That a message and a password survive it, the bare machine shows.
     stack.docker("volume", "inspect", stack.container("rabbitmq"))
     assert stack.secrets.exists()
+    assert "message-broker-stack" not in stack.run("iptables -S")
     logs = stack.vars["fluentd_log_dir"]
     assert "subscriber" in stack.run("ls %s", logs)
 
