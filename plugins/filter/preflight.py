@@ -88,7 +88,7 @@ def preflight_twice(ports: Mapping[str, str]) -> list[str]:
 def preflight_not_held(
     ports: Mapping[str, str], containers: Mapping[str, Item], own: Mapping[str, Item]
 ) -> dict[str, str]:
-    """Return those of ports, by their variables, that their own container does not publish yet.
+    """Return those of ports, by their variables, that neither their container nor the front has.
 
     containers is the catalogue; own are the stack's containers that the host has.
     """
@@ -96,7 +96,8 @@ def preflight_not_held(
         (variable, str(published.get("PublicPort")))
         for name, container in containers.items()
         for variable in container["ports"]
-        for published in own.get(name, {}).get("Ports", [])
+        for holder in (name, "front")
+        for published in own.get(holder, {}).get("Ports", [])
     }
     return {variable: port for variable, port in ports.items() if (variable, port) not in held}
 
