@@ -61,7 +61,7 @@ ALLOWED = {200, 201, 204, 400, 408, 413, 429, 431, 503}
 MEGABYTE = 1_000_000
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 JSON = {"Content-Type": "application/json"}
-HEAD = "Host: abuse\r\nContent-Type: application/json\r\n"
+HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
 MARK = re.compile(rb"abuse-[\w-]+")
 
 # Publishes by AMQP, in the publisher's container: the first arguments are the number of the byte
@@ -645,7 +645,7 @@ class Case(NamedTuple):
 
 def unfinished(path: str, size: int) -> str:
     """Return a request of size bytes whose headers do not end."""
-    return f"GET {path} HTTP/1.1\r\nHost: abuse\r\nX-Long: ".ljust(size, "x")
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Long: ".ljust(size, "x")
 
 
 def announced(path: str, length: int, sent: int) -> str:
@@ -680,7 +680,7 @@ def receive_many(attack: Attack) -> None:
 
 def unread_answers(accept: str, clients: int, trickle: int = 0) -> Callable[[Attack], None]:
     """Return a crowd that asks for messages and does not read them."""
-    request = f"GET /receive HTTP/1.1\r\nHost: abuse\r\nAccept: {accept}\r\n\r\n"
+    request = f"GET /receive HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\n\r\n"
     return lambda attack: attack.crowd(attack.subscriber, clients, request, trickle, window=4096)
 
 

@@ -507,7 +507,7 @@ def hang_up(address: tuple[str, int], chance: random.Random) -> tuple[str, set[i
     # A lone message must leave more unread than the sockets hold.
     wanted = chance.choice([0, 100, 32 * 1024, 512 * 1024 if "max" in path else 1024])
     reset = chance.random() < 0.5
-    head = f"GET {path} HTTP/1.1\r\nHost: chaos\r\nConnection: close\r\n"
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     head += chance.choice(["", "Accept: application/json\r\n"]) + "\r\n"
     data = bytearray()
     with socket.socket() as client:

@@ -49,7 +49,7 @@ port, count, slow_path, method, path = int(sys.argv[1]), int(sys.argv[2]), *sys.
 slow = []
 for number in range(count):
     door = socket.create_connection(("127.0.0.1", port), 10)
-    head = f"POST {slow_path} HTTP/1.1\\r\\nHost: door\\r\\nContent-Length: 100\\r\\n\\r\\nx"
+    head = f"POST {slow_path} HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: 100\\r\\n\\r\\nx"
     # Every fourth has not even sent its headers.
     door.sendall(head.encode()[: -5 if number % 4 == 0 else None])
     slow.append(door)
@@ -107,7 +107,7 @@ def size(part: Part) -> int:
 
 def request(method: str, target: str, *headers: str, body: Part = "") -> list[Any]:
     """Return the parts of a request, with its length unless the headers tell how it ends."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: door", *headers]
+    lines = [f"{method} {target} HTTP/1.1", "Host: localhost", *headers]
     if not any(line.startswith(("Content-Length:", "Transfer-Encoding:")) for line in lines):
         lines.append(f"Content-Length: {size(body)}")
     return ["".join(f"{line}\r\n" for line in [*lines, ""]), body]
