@@ -47,7 +47,8 @@ def serve_no_op() -> None:
         # Unread, it would cost the connection.
         return request.get_data()[:0], 201
 
-    nowhere: Any = SimpleNamespace(**dict.fromkeys(["start", "finish", "stop"], lambda: None))
+    calls = dict.fromkeys(["start", "finish", "stop"], lambda: None)
+    nowhere: Any = SimpleNamespace(up=True, **calls)
     port, workers = int(os.environ["PORT"]), int(os.environ["WORKERS"])
     serve("no-op", lambda _memory: (app, nowhere), port, 512 * MIB, workers)
 

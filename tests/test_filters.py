@@ -638,6 +638,17 @@ def test_the_doors_are_told_names_in_order_and_hashes_of_tokens(filters: Any) ->
     assert alone == '{"queues": ["takeaway"], "topics": [], "clients": []}'
 
 
+def test_the_doors_are_told_whose_pages_come_and_who_sees_metrics(filters: Any) -> None:
+    origins, readers = ["https://b", "https://a"], {"prometheus": "p", "monitoring": "m"}
+    told = json.loads(filters["apps_lists"]([], [], [], {}, origins, readers))
+    assert told["origins"] == ["https://a", "https://b"]
+    hashes = [hashlib.sha256(password.encode()).hexdigest() for password in ("m", "p")]
+    assert told["readers"] == [
+        {"name": "monitoring", "tokens": hashes[:1]},
+        {"name": "prometheus", "tokens": hashes[1:]},
+    ]
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

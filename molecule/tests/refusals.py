@@ -40,6 +40,18 @@ CASES = [
         ["stack_bind_address is 0.0.0.0", "stack_clients"],
     ),
     (
+        {"apps_cors_origins": ["https://app.example.com"]},
+        ["apps_cors_origins is https://app.example.com", "stack_clients"],
+    ),
+    (
+        {
+            "apps_cors_origins": ["https://app.example.com/"],
+            "stack_clients": [{"name": "page"}],
+            "refused_by": ["apps"],
+        },
+        ["apps_cors_origins has https://app.example.com/;", "such as https://app.example.com"],
+    ),
+    (
         {
             "stack_clients": [
                 {"name": "admin", "send": ["nowhere"]},

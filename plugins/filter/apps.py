@@ -17,10 +17,14 @@ def apps_lists(
     topics: Iterable[Entry],
     clients: Iterable[Entry],
     tokens: Mapping[str, str],
+    origins: Iterable[str] = (),
+    readers: Mapping[str, str] | None = None,
 ) -> str:
     """Return the JSON by which the doors know queues, topics and clients.
 
-    Of a token it has the SHA-256; tokens are the lines of a client's text in tokens.
+    Of a token it has the SHA-256; tokens are the lines of a client's text in tokens. Pages of
+    origins may use the doors in a browser. Where there are readers, who see the metrics, it has
+    their names and hashes of their passwords.
     """
     lists = {"queues": queues, "topics": topics}
     told: dict[str, list[Any]] = {
@@ -29,15 +33,22 @@ def apps_lists(
     told["clients"] = [
         {
             "name": str(client["name"]),
-            "tokens": [
-                hashlib.sha256(token.encode()).hexdigest()
-                for token in tokens[client["name"]].split()
-            ],
+            "tokens": [_hash(token) for token in tokens[client["name"]].split()],
             **{right: sorted(map(str, client.get(right) or [])) for right in RIGHTS},
         }
         for client in sorted(clients, key=lambda one: str(one["name"]))
     ]
+    if origins := sorted(origins):
+        told["origins"] = origins
+    if readers:
+        told["readers"] = [
+            {"name": name, "tokens": [_hash(readers[name])]} for name in sorted(readers)
+        ]
     return json.dumps(told)
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
 
 
 def apps_token_faults(clients: Iterable[Entry], folder: str) -> list[str]:

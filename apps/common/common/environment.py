@@ -60,6 +60,13 @@ class Environment:
             raise ConfigError(f"{name} must be from {minimum} to {maximum}, got {value}")
         return value
 
+    def flag(self, name: str) -> bool:
+        """Return whether name is true; it may be false or not set; ConfigError otherwise."""
+        value = self._variables.get(name, "false")
+        if value not in ("true", "false"):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+        return value == "true"
+
     def secret(self, name: str) -> str:
         """Return the secret in the file that {name}_FILE names, else in name.
 

@@ -62,3 +62,16 @@ def test_who_leaves_says_why_and_leaves_time_to_take_it(
         leave(text)
     assert (end.value.code, capfd.readouterr().err) == (status, said)
     assert time.monotonic() - started >= LAST_WORDS
+
+
+@pytest.mark.parametrize(
+    ("variables", "value"), [({}, False), ({"F": "true"}, True), ({"F": "false"}, False)]
+)
+def test_a_flag_is_true_or_false(variables: dict[str, str], value: bool) -> None:
+    assert Environment(variables).flag("F") is value
+
+
+@pytest.mark.parametrize("raw", ["", "True", "yes", "1"])
+def test_a_bad_flag_stops_the_start_by_name_and_value(raw: str) -> None:
+    with pytest.raises(ConfigError, match=f"F must be true or false, got {raw!r}"):
+        Environment({"F": raw}).flag("F")

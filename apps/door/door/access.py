@@ -51,9 +51,10 @@ class Access:
         """
         self._by_token: dict[str, Client] = {}
         self._known: dict[str | None, Client] = {}
-        self._open = True
+        # Whether everybody may enter.
+        self.open = True
         for one in clients:
-            self._open = False  # also where it has no token: nobody gets in for want of one
+            self.open = False  # also where it has no token: nobody gets in for want of one
             rights = {right: frozenset(one[right]) for right in RIGHTS}
             client = Client(one["name"], rights)
             self._by_token.update((token, client) for token in one["tokens"])
@@ -63,7 +64,7 @@ class Access:
 
         It has the token as bearer, or name and token as basic (RFC 6750, RFC 7617).
         """
-        if self._open:
+        if self.open:
             return ANYBODY
         known = self._known.get(authorization)
         if known is None and authorization:

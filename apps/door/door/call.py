@@ -24,6 +24,8 @@ PACE = 4 * PIECE
 # Bytes of a body that mostly arrives together with its headers.
 SHORT = 4096
 MAX_PARAMETERS = 20
+# Health and metrics: asked every few seconds by programs, and of no interest as an event.
+OPEN = ("/healthz", "/metrics")
 
 Headers = list[tuple[str, str]]
 

@@ -101,18 +101,26 @@ class Waits:
 class Clients:
     """The connections of one process, bounded by its memory, and by the files it may have open."""
 
-    def __init__(self, memory: Memory, files: int) -> None:
-        """Begin without any; memory sheds some of them when it runs short."""
+    def __init__(self, memory: Memory, files: int, fronted: bool = False) -> None:
+        """Begin without any; memory sheds some of them when it runs short.
+
+        Where all are fronted, by a proxy, the idle ones stay: it may be about to send a request.
+        """
         self.most = min(int(memory.size * SHARE) // CONNECTION, files)
         # Who has not sent all headers of a request since it came, or since its last answer.
         self.idle = Waits()
         # Who is sending a body, or taking an answer.
         self.slow = Waits()
         self.memory = memory
+        self._fronted = fronted
         self._count = 0
         # Who was let go and is still to end.
         self._leaving: set[Waited] = set()
         memory.shed = self.shed
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._count
 
     def enter(self, grant: Grant) -> bool:
         """Count a connection and have grant hold its memory; False: refuse it.
@@ -137,10 +145,17 @@ class Clients:
 
         Whoever is in the middle of a request must have stalled for least seconds.
         """
-        client = self.idle.longest() or self.slow.longest(least)
+        client = None if self._fronted else self.idle.longest()
+        client = client or self.slow.longest(least)
         if client is None:
             return 0
         self.idle.end(client)
         self.slow.end(client)
         self._leaving.add(client)
         return client.let()
+
+    def part(self) -> None:
+        """Let everybody go who has no request under way."""
+        while client := self.idle.longest():
+            self.idle.end(client)
+            client.let()

@@ -10,11 +10,15 @@ from common.events import REQUEST_ID, Event, Sink
 from werkzeug.exceptions import HTTPException, InternalServerError
 
 from door import BrokerUnavailable, metrics
+from door.browsers import Browsers, letting_read
 from door.call import Call, Route, Routes, failed
 from door.server import Application
 from door.topology import Topology
 
 log = logging.getLogger(__name__)
+
+# Where the WSGI environment says why a request is refused.
+FAULT = "door.fault"
 
 NAME = re.compile(r"\{\w+\}")
 STATUS = {status.value: f"{status.value} {status.phrase.upper()}" for status in HTTPStatus}
@@ -48,22 +52,35 @@ class Table:
 class Direct:
     """A WSGI application in front of Flask's.
 
-    Flask answers requests whose credentials are wrong, and those for none of the routes.
+    Flask answers requests that are refused, those whose credentials are wrong, and those for none
+    of the routes.
     """
 
     def __init__(
-        self, flask: Application, routes: Routes, sink: Sink | None, topology: Topology
+        self,
+        flask: Application,
+        routes: Routes,
+        sink: Sink | None,
+        topology: Topology,
+        browsers: Browsers,
     ) -> None:
         """Answer routes, and let flask answer the rest."""
         self._flask = flask
         self._table = Table(routes)
         self._sink = sink
         self._topology = topology
+        self._browsers = browsers
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Answer one request."""
+        lists = self._topology.lists
+        if lists.origins and environ.get("HTTP_ORIGIN") in lists.origins:
+            start_response = letting_read(environ["HTTP_ORIGIN"], start_response)
+        if fault := self._browsers.fault(environ, lists):
+            environ[FAULT] = fault
+            return self._flask(environ, start_response)  # type: ignore[no-any-return]
         found = self._table.find(environ["REQUEST_METHOD"], environ["PATH_INFO"])
-        by = self._topology.access.client(environ.get("HTTP_AUTHORIZATION"))
+        by = lists.access.client(environ.get("HTTP_AUTHORIZATION"))
         if found is None or by is None:
             return self._flask(environ, start_response)  # type: ignore[no-any-return]
         route, path, name = found

@@ -6,6 +6,7 @@ Body, Handler and Server replace parts of pywsgi, some of them private; each say
 test_gevent_calls_what_is_replaced fails when another gevent no longer calls one of them.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -57,16 +58,36 @@ SEND_BUFFER = 65536
 REFUSAL_TIMEOUT = 0.1
 # Seconds a refused client gets to read why, while what it still sends is thrown away.
 LINGER = 2
-# Seconds running requests get to finish after SIGTERM.
+# Seconds running requests get to finish after SIGTERM, and those that still come by connections
+# that are open; without any for QUIET seconds, nobody is expected to send one.
 DRAIN_TIMEOUT = 5
+QUIET = 1.0
+# Seconds in which a client whose connection the system has begun to take completes it.
+HANDSHAKE = 0.05
 # Seconds a new worker waits for its connection to the broker before it takes clients, who would be
-# answered 503 while another worker, or a moment later this one, has what they want.
+# answered 503 while another worker, or a moment later this one, has what they want. A proxy in
+# front tries again where it is refused, so it may wait for longer.
 CONNECT_WAIT = 1.0
+FRONTED_CONNECT_WAIT = 10.0
 # Seconds between the end of a worker and its successor's start.
 RESPAWN_DELAY = 0.5
 
 # Bytes of an answer that are joined with its headers, so that they leave in one piece.
 JOINED = 64 * 1024
+
+# A program of the classic packet filter (Linux: Documentation/networking/filter.rst) that drops
+# requests for a connection, and nothing else: A = the flags; is A & (SYN | ACK) SYN?
+NO_NEWCOMERS = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in [
+        (0x30, 0, 0, 13),  # A = the byte 13 of the TCP header
+        (0x54, 0, 0, 0x12),  # A &= SYN | ACK
+        (0x15, 0, 1, 0x02),  # if A is not SYN, skip the next one
+        (0x06, 0, 0, 0),  # drop it
+        (0x06, 0, 0, 0xFFFFFFFF),  # keep it
+    ]
+)
+SO_ATTACH_FILTER = 26
 
 # Of struct tcp_info, the field tcpi_unacked: of a listening socket, the clients in its queue.
 ACCEPTED = struct.Struct("=24xL")
@@ -229,7 +250,7 @@ class Handler(WSGIHandler):
     def __init__(self, sock: Any, address: Any, server: Any, grant: Grant) -> None:
         """Take the client of sock, which comes from address, and hold its memory by grant."""
         super().__init__(sock, address, server)
-        self.address = str(address[0]) if address else ""
+        self._peer = self.address = str(address[0]) if address else ""
         self.grant = grant
         self.let_go = False
         self._writing = False
@@ -308,6 +329,10 @@ class Handler(WSGIHandler):
     def get_environ(self) -> dict[str, Any]:
         """Return the WSGI environment with the client in it."""
         environ: dict[str, Any] = super().get_environ()
+        if self.server.fronted:
+            # Nothing for the application, which sends headers X-… with a message.
+            told = environ.pop("HTTP_X_FORWARDED_FOR", "")
+            self.address = told.rpartition(",")[2].strip() or self._peer
         environ[CLIENT] = self
         body = self.wsgi_input
         self.wsgi_input = Body(body.rfile, body.content_length, body.socket, body.chunked_input)
@@ -315,7 +340,7 @@ class Handler(WSGIHandler):
         return environ
 
     def handle_one_response(self) -> None:
-        """Answer one request, the connection's last one when the server is stopping."""
+        """Answer one request; the connection ends afterwards where the answer says so."""
         self.server.running += 1
         try:
             super().handle_one_response()
@@ -324,7 +349,8 @@ class Handler(WSGIHandler):
                 self._linger()
         finally:
             self.server.running -= 1
-            self.close_connection = self.close_connection or self.server.closed
+            if self.server.draining:
+                self.server.answered = time.monotonic()
             self.grant.resize(CONNECTION)
 
     def handle_one_request(self) -> Any:
@@ -342,6 +368,11 @@ class Handler(WSGIHandler):
         """Send headers and what comes with them in one piece, where pywsgi sends two."""
         self.headers_sent = True
         self.finalize_headers()
+        # A proxy, told nothing, would send its next request while the connection is closed.
+        if self.close_connection or self.server.draining or self.wsgi_input.unread:
+            self.close_connection = True
+            others = [pair for pair in self.response_headers if pair[0].lower() != b"connection"]
+            self.response_headers = [*others, (b"Connection", b"close")]
         lines = [b"HTTP/1.1 " + self.status]
         lines += [b"%b: %b" % header for header in self.response_headers]
         head = b"\r\n".join([*lines, b"\r\n"])
@@ -422,14 +453,27 @@ class Server(WSGIServer):
 
     handler_class: Any = Handler
     running = 0
+    # Whether it takes nobody new, and when it answered the last request since.
+    draining = False
+    answered = 0.0
 
     def __init__(
-        self, listener: socket.socket, application: Any, memory: Memory, **kw: Any
+        self,
+        listener: socket.socket,
+        application: Any,
+        memory: Memory,
+        fronted: bool = False,
+        **kw: Any,
     ) -> None:
-        """Serve application to the clients of listener, within memory."""
+        """Serve application to the clients of listener, within memory.
+
+        If they are fronted, all come by a proxy that says whose requests it brings
+        (X-Forwarded-For), and that shares the connections out among its own clients.
+        """
         super().__init__(listener, application, **kw)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.clients = Clients(memory, files // 2)
+        self.fronted = fronted
+        self.clients = Clients(memory, files // 2, fronted)
         self.refusals = Refusals()
         self._arrivals = Arrivals(min(BACKLOG, files // 4))
         self._arrived = Event()
@@ -450,7 +494,10 @@ class Server(WSGIServer):
         return int(ACCEPTED.unpack(info)[0])
 
     def do_handle(self, sock: Any, address: Any) -> None:
-        """Have a client wait for its turn."""
+        """Have a client wait for its turn; all of a proxy's have one address."""
+        if self.fronted:
+            super().do_handle(sock, address)
+            return
         crowded = self._arrivals.add(address[0] if address else "", (sock, address))
         if crowded is not None:
             crowded[0].close()
@@ -479,38 +526,71 @@ class Server(WSGIServer):
                 self.clients.leave(handler)
 
     def drain(self) -> None:
-        """Accept nothing more and wait, at most DRAIN_TIMEOUT seconds, for running requests."""
-        self.close()
+        """Take nobody new and answer who is connected, for at most DRAIN_TIMEOUT seconds.
+
+        It ends once nobody is expected to send a request: a proxy may be about to send one by any
+        connection that it holds open, and would lose it if that was closed.
+        """
+        self.draining, self.answered = True, time.monotonic()
         with gevent.Timeout(DRAIN_TIMEOUT, False):
-            while self.running or self._arrivals:
+            gevent.sleep(HANDSHAKE)
+            while self._waiting() or self._arrivals:
                 gevent.sleep(0.01)
+            self.close()
+            while self.running or (self.clients and time.monotonic() < self.answered + QUIET):
+                gevent.sleep(0.01)
+            self.clients.part()
+            while self.running:
+                gevent.sleep(0.01)
+        self.close()
 
 
 Make = Callable[[Memory], tuple[Application, Connection]]
 
 
-def serve(name: str, make: Make, port: int, limit: int, workers: int = 1, reserve: int = 0) -> None:
+def serve(
+    name: str,
+    make: Make,
+    port: int,
+    limit: int,
+    workers: int = 1,
+    reserve: int = 0,
+    fronted: bool = False,
+) -> None:
     """Serve the application that make returns, in workers processes, until SIGTERM or SIGINT.
 
     limit is the container's memory in bytes. Each worker calls make with its share of it, less
-    reserve bytes. Metrics are imported in make: a fork would share them between the workers.
+    reserve bytes. Metrics are imported in make: a fork would share them between the workers. What
+    fronted means, Server says.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    listener = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)
+    # Connections are refused until a worker listens.
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("0.0.0.0", port))
     listener.setblocking(False)
     memory = Memory.of(limit, workers, reserve)
+
+    def work(slot: int | None = None) -> None:
+        _work(name, make, listener, memory, slot, fronted)
+
     if workers == 1:
-        _work(name, make, listener, memory)
+        work()
     else:
-        _supervise(lambda slot: _work(name, make, listener, memory, slot), workers)
+        _supervise(work, workers, listener)
 
 
 def _work(
-    name: str, make: Make, listener: socket.socket, memory: Memory, slot: int | None = None
+    name: str,
+    make: Make,
+    listener: socket.socket,
+    memory: Memory,
+    slot: int | None,
+    fronted: bool,
 ) -> None:
     if slot is not None:
         shared.claim(slot)
@@ -519,6 +599,7 @@ def _work(
         listener,
         application,
         memory,
+        fronted,
         log=None,
         error_log=logging.getLogger("door.http"),
         # Else the server asks the DNS for its own name before it starts.
@@ -529,20 +610,37 @@ def _work(
     for number in signal.SIGTERM, signal.SIGINT:
         gevent.signal_handler(number, stop.set)
     connection.start()
-    with gevent.Timeout(CONNECT_WAIT, False):
+    with gevent.Timeout(FRONTED_CONNECT_WAIT if fronted else CONNECT_WAIT, False):
         while not (connection.up or stop.is_set()):
             gevent.sleep(0.01)
+    # Of several workers, the first; for the others it changes nothing.
+    listener.listen(BACKLOG)
     server.start()
     stop.wait()
+    if slot is None:
+        _refuse_newcomers(listener)
     connection.finish()
     server.drain()
     connection.stop()
 
 
-def _supervise(work: Callable[[int], None], count: int) -> None:
+def _refuse_newcomers(listener: socket.socket) -> None:
+    """Have the system drop requests for a connection to listener, whose owners will close it.
+
+    Else one that is completed between the last look at those that wait, and the close, would be
+    reset together with the request that its client has sent by then. The clients ask again within
+    a second, when they are refused.
+    """
+    program = ctypes.create_string_buffer(NO_NEWCOMERS)
+    told = struct.pack("HP", len(NO_NEWCOMERS) // 8, ctypes.addressof(program))
+    with suppress(OSError):  # it was closed by an earlier signal
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, told)
+
+
+def _supervise(work: Callable[[int], None], count: int, listener: socket.socket) -> None:
     """Keep a process that does work in each of count slots, until SIGTERM or SIGINT.
 
-    Each of them gets the signal.
+    Each of them gets the signal. They alone are to hold listener then.
     """
     workers: dict[int, int] = {}
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -551,6 +649,8 @@ def _supervise(work: Callable[[int], None], count: int) -> None:
     def stop(number: int, _frame: object) -> None:
         nonlocal stopping
         stopping = True
+        _refuse_newcomers(listener)
+        listener.close()
         for pid in workers:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)

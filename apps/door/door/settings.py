@@ -50,6 +50,26 @@ class EventSettings:
         )
 
 
+@dataclass(frozen=True)
+class HttpSettings:
+    """How clients come to the door."""
+
+    # The door's own names, as headers Host have them; none: whatever they say.
+    names: frozenset[str] = frozenset()
+    # Whether all come by a proxy that tells in X-Forwarded-For who they are.
+    fronted: bool = False
+
+    @classmethod
+    def read(cls, env: Environment) -> Self:
+        """Read HOST_NAMES, separated by commas, and TRUST_FORWARDED; ConfigError by name."""
+        names = [name.strip() for name in (env.optional("HOST_NAMES") or "").split(",")]
+        return cls(
+            # An address of IPv6 stands in brackets there.
+            names=frozenset(f"[{n}]" if ":" in n and n[0] != "[" else n for n in names if n),
+            fronted=env.flag("TRUST_FORWARDED"),
+        )
+
+
 def read_memory(env: Environment) -> int:
     """Read MEMORY_LIMIT, the bytes of the container; ConfigError by name."""
     return env.number("MEMORY_LIMIT", 512 * MIB, 128 * MIB, 1024 * 1024 * MIB)

@@ -9,7 +9,7 @@ from pathlib import Path
 from common.environment import ConfigError
 from werkzeug.exceptions import abort
 
-from door.access import Access
+from door.access import RIGHTS, Access
 
 log = logging.getLogger(__name__)
 
@@ -19,11 +19,14 @@ LOOK = 1.0
 
 @dataclass(frozen=True)
 class Lists:
-    """What the file tells: names of queues and topics, and who may enter."""
+    """What the file tells: names of queues and topics, who may enter, and who may see metrics."""
 
     queues: frozenset[str]
     topics: frozenset[str] = frozenset()
     access: Access = field(default_factory=Access)
+    readers: Access = field(default_factory=Access)
+    # Whose pages may use the door in a browser.
+    origins: frozenset[str] = frozenset()
 
 
 class Topology:
@@ -53,10 +56,10 @@ class Topology:
         return self._lists.topics
 
     @property
-    def access(self) -> Access:
-        """Who may enter."""
+    def lists(self) -> Lists:
+        """All that the file tells."""
         self._refresh()
-        return self._lists.access
+        return self._lists
 
     def queue(self, name: str) -> str:
         """Return name, or the default queue's where it is empty; aborts with 404 without one."""
@@ -91,16 +94,21 @@ def read(path: Path) -> Lists:
     """Return what the file at path tells; ConfigError where it cannot be read.
 
     It is `{"queues": ["orders"], "topics": ["events"], "clients": []}`. What a client is, Access
-    says.
+    says. There may be `readers`, clients without rights, who alone may see the metrics then; and
+    `origins`, as `https://app.example.com`, which count where there are clients.
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(name, str) for name in (*told["queues"], *told["topics"])):
+        origins = told.get("origins", [])
+        if not all(isinstance(name, str) for name in (*told["queues"], *told["topics"], *origins)):
             raise TypeError("a name is no string")
         access = Access(told.get("clients", []))
+        readers = Access({**dict.fromkeys(RIGHTS, ()), **one} for one in told.get("readers", []))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"QUEUES_FILE={path} cannot be read: {error!r}") from None
-    return Lists(frozenset(told["queues"]), frozenset(told["topics"]), access)
+    # Whoever needs no token is kept from browsers altogether.
+    allowed = frozenset[str]() if access.open else frozenset(origins)
+    return Lists(frozenset(told["queues"]), frozenset(told["topics"]), access, readers, allowed)
 
 
 def _version(path: Path) -> tuple[int, int]:

@@ -1,22 +1,20 @@
 """What every HTTP door does besides its own routes: access, errors, health, metrics and events."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
 from common.events import REQUEST_ID, Event, Sink
 from flask import Flask, Response, g, request
 from werkzeug.datastructures import Headers, WWWAuthenticate
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, Unauthorized
+from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, Unauthorized
 
 from door import BrokerUnavailable, metrics
-from door.call import Answer, Routes, failed, json_answer
-from door.direct import Direct
+from door.browsers import Browsers, may_send
+from door.call import OPEN, Answer, Routes, failed, json_answer
+from door.direct import FAULT, Direct
 from door.memory import RETRY_AFTER
 from door.topology import Topology
-
-# Asked every few seconds, by who needs no credentials, and of no interest as an event.
-OPEN = ("/healthz", "/metrics")
 
 
 class Broker(Protocol):
@@ -33,11 +31,14 @@ def equip(
     events: Sink | None,
     topology: Topology,
     routes: Routes,
+    names: Collection[str] = (),
 ) -> None:
     """Give app its routes, `/healthz`, `/metrics` and `/openapi.json`.
 
-    Flask answers the last three, and requests for none of routes, which are Direct's. Who has no
-    access gets 401, but for health and metrics. Requests are counted and told. An error is
+    Flask answers the last three, and requests for none of routes, which are Direct's. What pages
+    have a browser send gets 403, but from pages of the list; names are the door's own, as Browsers
+    says. Who has no access gets 401: to metrics readers have it, where there are any, and to health
+    everybody. Requests are counted and told. An error is
     `{"message": "<what is wrong>"}`: the caller's fault is 4xx, the broker's 503 with
     `Retry-After`. Each response names its request in `X-Request-Id`; each request but those of
     health and metrics is told to events, unless its event is deferred. The description is
@@ -45,10 +46,17 @@ def equip(
     """
 
     @app.before_request
-    def begin() -> None:
+    def begin() -> Response | None:
         g.event = Event(events, request.headers.get(REQUEST_ID))
+        if fault := request.environ.get(FAULT):
+            raise Forbidden(fault)
+        lists = topology.lists
+        told = may_send(request.environ, lists)
+        if told is not None:
+            return _response(Answer(204, told, []))
+        access = lists.readers if request.path == "/metrics" else lists.access
         authorization = request.headers.get("Authorization")
-        if request.path not in OPEN and not topology.access.client(authorization):
+        if request.path != "/healthz" and not access.client(authorization):
             raise Unauthorized(
                 "Credentials are missing or wrong.",
                 www_authenticate=[
@@ -56,6 +64,7 @@ def equip(
                     WWWAuthenticate("bearer"),
                 ],
             )
+        return None
 
     description = (Path(app.root_path) / "openapi.json").read_bytes()
 
@@ -81,7 +90,9 @@ def equip(
     app.after_request(_end)
     app.register_error_handler(HTTPException, _failed)
     app.register_error_handler(BrokerUnavailable, _failed)
-    app.wsgi_app = Direct(app.wsgi_app, routes, events, topology)  # type: ignore[method-assign]
+    app.wsgi_app = Direct(  # type: ignore[method-assign]
+        app.wsgi_app, routes, events, topology, Browsers(names)
+    )
 
 
 def _other_method(methods: list[str]) -> Callable[..., Response]:

@@ -104,13 +104,13 @@ def test_the_file_names_the_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     told: dict[str, Any] = {"queues": ["orders"], "topics": [], "clients": [SHOP]}
     file.write_text(json.dumps(told))
     topology = Topology("orders", file)
-    assert topology.access.client("Bearer t0ken") is not None
-    assert topology.access.client("Bearer 0ther") is None
+    assert topology.lists.access.client("Bearer t0ken") is not None
+    assert topology.lists.access.client("Bearer 0ther") is None
     told["clients"] = [listed("shop", "0ther")]
     (tmp_path / "new").write_text(json.dumps(told))
     (tmp_path / "new").rename(file)
-    assert topology.access.client("Bearer t0ken") is None
-    assert topology.access.client("Bearer 0ther") is not None
+    assert topology.lists.access.client("Bearer t0ken") is None
+    assert topology.lists.access.client("Bearer 0ther") is not None
 
 
 @pytest.mark.parametrize("clients", [[{}], [{"name": "shop"}], 1, [1]])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from door.access import Access
 from door.call import Answer, Call, json_answer
+from door.topology import Lists
 from door.web import equip
 from flask import Flask
 from werkzeug.test import Client
@@ -34,7 +35,8 @@ class Door:
             ("GET", "/queues/{queue}/messages"): self._name,
         }
         app.before_request(self._count)
-        equip(app, SimpleNamespace(up=True), self.events, SimpleNamespace(access=access), routes)
+        lists = SimpleNamespace(lists=Lists(frozenset(), access=access))
+        equip(app, SimpleNamespace(up=True), self.events, lists, routes)
         self.client = Client(app)
 
     def _count(self) -> None:

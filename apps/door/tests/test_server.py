@@ -68,6 +68,7 @@ def make(memory):
         if body:
             tell("answered")
         told = {"pid": os.getpid(), "held": memory.held, "up": seen[0]}
+        told |= {"address": call.client.address, "headers": sorted(call.environ)}
         return json_answer(200, {"body": body, **told})
 
     def unread(call):
@@ -87,7 +88,8 @@ def make(memory):
 
     return watched, Connection()
 
-server.serve("door", make, int(sys.argv[1]), int(sys.argv[4]), int(sys.argv[2]))
+fronted = bool(getattr(server, "FRONTED", 0))
+server.serve("door", make, int(sys.argv[1]), int(sys.argv[4]), int(sys.argv[2]), fronted=fronted)
 """
 
 Answer = tuple[int, HTTPMessage, bytes]
@@ -173,8 +175,12 @@ class Door:
 
     def _listens(self) -> bool:
         assert self.process.poll() is None, "the server ended"
+        began = time.monotonic()
         try:
-            return self.ask("/healthz")[0] == 200
+            answers = self.ask("/healthz")[0] == 200
+            # Seconds that the first answer took.
+            self.waited = time.monotonic() - began
+            return answers
         except OSError:
             return False
 
@@ -367,7 +373,8 @@ def test_a_body_that_nobody_read_ends_the_connection_after_a_readable_answer(
 ) -> None:
     with door.client(b"POST /unread HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n\r\n") as client:
         client.socket.sendall(b"1\r\nx\r\n" * 100_000)
-        assert client.answer()[0] == 200
+        status, headers, _ = client.answer()
+        assert (status, headers["Connection"]) == (200, "close")
         assert client.ended()
 
 
@@ -716,6 +723,8 @@ def test_a_signal_lets_running_requests_finish_and_ends_the_rest(
             assert client.ended()
             if client is short:
                 assert not select([long.socket], [], [], 0)[0], "it waited for the long one"
+                with pytest.raises(ConnectionRefusedError):
+                    door.client(seconds=0.3)
         assert idle.ended()
     told = door.wait()
     assert sorted(told) == sorted(["start", "finish", "stop"] * workers + ["answered"] * 2)
@@ -723,6 +732,100 @@ def test_a_signal_lets_running_requests_finish_and_ends_the_rest(
         assert told == ["start", "finish", "answered", "answered", "stop"]
     with pytest.raises(ConnectionRefusedError):
         door.client()
+
+
+ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+def through_the_end(door: Door, ask: Callable[[], bool], clients: int, seconds: float) -> int:
+    """Let clients ask again and again, and the door end in the middle; how often it answered.
+
+    Each of them stops once it is refused a connection, which ask tells by False.
+    """
+    answered = [0] * clients
+
+    def go_on(number: int) -> None:
+        while ask():
+            answered[number] += 1
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(go_on, number) for number in range(clients)]
+        time.sleep(seconds)
+        door.process.terminate()
+        for one in running:
+            one.result(DEADLINE)
+    door.wait()
+    return sum(answered)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_proxy_loses_no_request_by_a_door_s_end(start: Start, workers: int) -> None:
+    """It has 20 connections and sends 100 requests a second by those that no answer ended."""
+    door = start(workers)
+    door.all_pids(workers)
+    pool = [door.client() for _ in range(20)]
+    begun = time.monotonic()
+
+    def ask() -> bool:
+        time.sleep(0.01)
+        if not pool:
+            with suppress(ConnectionRefusedError):
+                pool.append(door.client())
+        if not pool:
+            return False
+        client = pool.pop(0)
+        client.socket.sendall(ASK)
+        status, headers, body = client.answer()
+        assert (status, json.loads(body)["body"]) == (200, "")
+        if headers["Connection"] == "close":
+            assert client.ended()
+            client.__exit__()
+        else:
+            pool.append(client)
+        return True
+
+    assert through_the_end(door, ask, clients=1, seconds=1) > 50
+    assert not pool
+    assert time.monotonic() - begun < 4
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_whoever_is_connected_when_a_door_ends_is_answered(start: Start, workers: int) -> None:
+    door = start(workers)
+    door.all_pids(workers)
+
+    def ask() -> bool:
+        with suppress(ConnectionRefusedError), door.client() as client:
+            client.socket.sendall(ASK)
+            assert client.answer()[0] == 200
+            return True
+        return False
+
+    assert through_the_end(door, ask, clients=8, seconds=0.5) > 50
+
+
+def test_an_answer_that_began_before_the_end_leaves_its_connection_open(start: Start) -> None:
+    """Its headers did not say that it ends, so the client may have sent the next request."""
+    door = start()
+    with door.client(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n") as client:
+        assert client.stream.peek(1)
+        door.process.terminate()
+        time.sleep(0.3)  # while the end goes on
+        status, headers, _ = client.answer()
+        assert (status, headers["Connection"]) == (200, None)
+        client.socket.sendall(ASK)
+        status, headers, _ = client.answer()
+        assert (status, headers["Connection"]) == (200, "close")
+        assert client.ended()
+    door.wait()
+
+
+def test_a_door_that_nobody_is_connected_to_ends_at_once(start: Start) -> None:
+    door = start()
+    begun = time.monotonic()
+    door.process.terminate()
+    door.wait()
+    assert time.monotonic() - begun < 1
 
 
 def test_a_request_without_an_end_does_not_keep_the_process(start: Start) -> None:
@@ -738,6 +841,51 @@ def test_a_worker_answers_nobody_before_it_is_connected_unless_that_takes_long(
 ) -> None:
     assert start(UP_AFTER=1.5, CONNECT_WAIT=9).ask("/")[1]["up"] is True
     assert start(UP_AFTER=99, CONNECT_WAIT=0.1).ask("/")[1]["up"] is False
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_door_behind_a_proxy_refuses_connections_until_it_is_connected(
+    start: Start, workers: int
+) -> None:
+    door = start(workers, UP_AFTER=1.5, CONNECT_WAIT=0.1, FRONTED=1)
+    assert door.ask("/")[1]["up"] is True
+    assert door.waited < 1, "it was not refused"
+    assert start(UP_AFTER=99, FRONTED_CONNECT_WAIT=0.1, FRONTED=1).ask("/")[1]["up"] is False
+
+
+@pytest.mark.parametrize("fronted", [0, 1])
+@pytest.mark.parametrize(
+    ("told", "address"),
+    [(b"192.0.2.7", "192.0.2.7"), (b"192.0.2.6, 192.0.2.7", "192.0.2.7"), (None, "127.0.0.1")],
+)
+def test_a_door_believes_who_a_request_is_from_only_behind_a_proxy(
+    start: Start, fronted: int, told: bytes | None, address: str
+) -> None:
+    door = start(FRONTED=fronted)
+    line = b"X-Forwarded-For: " + told + b"\r\n" if told else b""
+    with door.client(ASK) as client:
+        assert json.loads(client.answer()[2])["address"] == "127.0.0.1"
+        client.socket.sendall(ASK[:-2] + line + b"\r\n")
+        body = json.loads(client.answer()[2])
+        client.socket.sendall(ASK)
+        assert json.loads(client.answer()[2])["address"] == "127.0.0.1"
+    assert body["address"] == (address if fronted else "127.0.0.1")
+    # A message takes headers X-… along, but not this one.
+    assert ("HTTP_X_FORWARDED_FOR" in body["headers"]) == (told is not None and not fronted)
+
+
+def test_a_proxy_s_idle_connections_stay_when_memory_is_short(start: Start) -> None:
+    door = start(limit=SMALL, FRONTED=1)
+    with ExitStack() as stack:
+        idle = [stack.enter_context(door.client(ASK)) for _ in range(20)]
+        for client in idle:
+            assert client.answer()[0] == 200
+        body = b"Content-Length: 9000000\r\n\r\n" + b"x" * 60_000
+        senders = [stack.enter_context(door.client(LINE + body)) for _ in range(60)]
+        eventually(lambda: bool(select([one.socket for one in senders], [], [], 0)[0]))
+        for client in idle:
+            client.socket.sendall(ASK)
+            assert client.answer()[0] == 200
 
 
 def test_a_killed_worker_is_replaced_while_the_others_answer_and_all_end_together(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from common.environment import ConfigError, Environment
-from door.settings import BrokerSettings, EventSettings, read_queues_file
+from door.settings import BrokerSettings, EventSettings, HttpSettings, read_queues_file
 
 LOGIN = {"RABBITMQ_USER": "waiter", "RABBITMQ_PASSWORD": "s3cret"}
 
@@ -32,6 +32,19 @@ def test_events_go_nowhere_until_a_collector_is_named() -> None:
 def test_a_bad_collector_stops_the_start_by_name(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=name):
         EventSettings.read(Environment({name: value}))
+
+
+def test_a_door_has_no_names_and_no_proxy_until_it_is_told() -> None:
+    assert HttpSettings.read(Environment({})) == HttpSettings(frozenset(), fronted=False)
+    env = {"HOST_NAMES": "publisher, 192.0.2.1,2001:db8::1,[::2],", "TRUST_FORWARDED": "true"}
+    names = frozenset(["publisher", "192.0.2.1", "[2001:db8::1]", "[::2]"])
+    assert HttpSettings.read(Environment(env)) == HttpSettings(names, fronted=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("HOST_NAMES", ""), ("TRUST_FORWARDED", "yes")])
+def test_bad_names_and_a_bad_proxy_stop_the_start_by_name(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        HttpSettings.read(Environment({name: value}))
 
 
 def test_the_lists_are_in_a_file_that_can_be_read(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
+import json
 import logging
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,24 @@ def test_a_replaced_file_is_read_again(path: Path) -> None:
             gone()
 
 
+CLIENT = {"name": "me", "tokens": [], "send": [], "receive": [], "manage": []}
+ORIGINS = ["https://app.example.com"]
+READERS = [{"name": "prometheus", "tokens": [sha256(b"secret").hexdigest()]}]
+
+
+def test_the_file_names_who_sees_metrics_and_whose_pages_come(path: Path) -> None:
+    told = {"queues": [], "topics": [], "readers": READERS, "origins": ORIGINS}
+    replace(path, json.dumps({**told, "clients": [CLIENT]}))
+    topology = Topology("takeaway", path)
+    assert topology.lists.origins == set(ORIGINS)
+    assert topology.lists.readers.client("Bearer secret")
+    assert topology.lists.readers.client(None) is None
+    replace(path, json.dumps({**told, "clients": []}))
+    assert topology.lists.origins == frozenset(), "whoever has no clients has no pages"
+    replace(path, json.dumps({"queues": [], "topics": []}))
+    assert topology.lists.readers.client(None), "without readers everybody sees metrics"
+
+
 def test_the_file_is_looked_at_once_in_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topology, "LOOK", 60)
     changing = Topology("takeaway", path)
@@ -68,7 +88,17 @@ def test_the_file_is_looked_at_once_in_a_while(path: Path, monkeypatch: pytest.M
         changing.queue("orders")
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"queues": ["a"]}', '{"queues": [1], "topics": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"queues": ["a"]}',
+        '{"queues": [1], "topics": []}',
+        '{"queues": [], "topics": [], "origins": [1]}',
+        '{"queues": [], "topics": [], "readers": [{}]}',
+    ],
+)
 def test_a_bad_file_stops_the_start_and_later_changes_nothing(
     path: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from door.access import Access
 from door.call import Answer, Call, json_answer
 from door.metrics import REQUESTS
 from door.shared import SIZE, forget
+from door.topology import Lists
 from door.web import equip
 from flask import Flask
 from flask.testing import FlaskClient
@@ -55,9 +56,8 @@ def make(broker: SimpleNamespace, events: Events, tmp_path: Path) -> Make:
         app = Flask("door", root_path=str(tmp_path))
         hashes = [sha256(token.encode()).hexdigest() for token in accepted]
         clients = [{"name": "me", "tokens": hashes, "send": [], "receive": [], "manage": []}]
-        equip(
-            app, broker, events, SimpleNamespace(access=Access(clients if accepted else [])), ROUTES
-        )
+        lists = Lists(frozenset(), access=Access(clients if accepted else []))
+        equip(app, broker, events, SimpleNamespace(lists=lists), ROUTES)
         return app.test_client()
 
     return client

@@ -27,7 +27,14 @@ def main() -> None:
         broker = Broker(settings)
         return create_app(settings, broker), broker
 
-    serve("publisher", make, settings.port, settings.memory, settings.workers)
+    serve(
+        "publisher",
+        make,
+        settings.port,
+        settings.memory,
+        settings.workers,
+        fronted=settings.http.fronted,
+    )
     leave()
 
 

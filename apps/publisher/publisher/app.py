@@ -74,7 +74,7 @@ def create_app(settings: Settings, broker: Broker, sink: events.Sink | None = No
         ("POST", "/topics/{topic}/messages"): door.topic_message,
         ("POST", "/topics/{topic}/batch"): door.topic_batch,
     }
-    equip(app, broker, sink, topology, routes)
+    equip(app, broker, sink, topology, routes, settings.http.names)
     return app
 
 

@@ -6,7 +6,13 @@ from typing import Self
 
 from common.environment import Environment
 from door.memory import MIB
-from door.settings import BrokerSettings, EventSettings, read_memory, read_queues_file
+from door.settings import (
+    BrokerSettings,
+    EventSettings,
+    HttpSettings,
+    read_memory,
+    read_queues_file,
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +21,7 @@ class Settings:
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
     exchange: str = "takeaway-in"
     # The default queue.
     queue: str = "takeaway"
@@ -36,12 +43,13 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_*, FLUENTD_*, QUEUES_FILE, PORT, WORKERS, MEMORY_LIMIT,
-        MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
+        RABBITMQ_*, FLUENTD_*, HOST_NAMES, TRUST_FORWARDED, QUEUES_FILE, PORT, WORKERS,
+        MEMORY_LIMIT, MAX_MESSAGE_BYTES, MAX_BATCH_BYTES and CONFIRM_TIMEOUT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
+            http=HttpSettings.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             queues_file=read_queues_file(env),

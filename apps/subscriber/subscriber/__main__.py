@@ -21,7 +21,14 @@ def main() -> None:
         return create_app(broker, settings, memory, watch=True), broker
 
     # A message is there as frames and as a body for a moment.
-    serve("subscriber", make, settings.port, settings.memory_limit, reserve=2 * LARGEST_MESSAGE)
+    serve(
+        "subscriber",
+        make,
+        settings.port,
+        settings.memory_limit,
+        reserve=2 * LARGEST_MESSAGE,
+        fronted=settings.http.fronted,
+    )
     leave()
 
 

@@ -93,7 +93,7 @@ def create_app(
         ("DELETE", "/queues/{queue}/dead"): door.delete,
         ("POST", "/queues/{queue}/dead/redrive"): door.redrive,
     }
-    equip(app, broker, sink, topology, routes)
+    equip(app, broker, sink, topology, routes, settings.http.names)
     if watch:
         gevent.spawn(door.watch)
 

@@ -7,7 +7,13 @@ from typing import Self
 
 from common.environment import ConfigError, Environment
 from door.memory import MIB
-from door.settings import BrokerSettings, EventSettings, read_memory, read_queues_file
+from door.settings import (
+    BrokerSettings,
+    EventSettings,
+    HttpSettings,
+    read_memory,
+    read_queues_file,
+)
 
 URL = re.compile(r"http://([\w.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d{1,5}))?/?", re.I | re.A)
 
@@ -18,6 +24,7 @@ class Settings:
 
     broker: BrokerSettings = field(default_factory=BrokerSettings)
     events: EventSettings = field(default_factory=EventSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
     # Exchange for redriven messages; the routing key is the name of the queue.
     exchange: str = "takeaway-in"
     # The default queue.
@@ -40,12 +47,13 @@ class Settings:
     def read(cls, env: Environment) -> Self:
         """Read the environment; ConfigError by name.
 
-        RABBITMQ_* (with RABBITMQ_MANAGEMENT_URL), FLUENTD_*, QUEUES_FILE, PORT, RECEIVE_TIMEOUT,
-        LEASE_SECONDS, MAX_BATCH_BYTES, MEMORY_LIMIT.
+        RABBITMQ_* (with RABBITMQ_MANAGEMENT_URL), FLUENTD_*, HOST_NAMES, TRUST_FORWARDED,
+        QUEUES_FILE, PORT, RECEIVE_TIMEOUT, LEASE_SECONDS, MAX_BATCH_BYTES, MEMORY_LIMIT.
         """
         return cls(
             broker=BrokerSettings.read(env),
             events=EventSettings.read(env),
+            http=HttpSettings.read(env),
             exchange=env.text("RABBITMQ_EXCHANGE", cls.exchange),
             queue=env.text("RABBITMQ_QUEUE", cls.queue),
             queues_file=read_queues_file(env),
