@@ -853,9 +853,13 @@ def test_a_port_that_two_variables_have_is_told(filters: Any) -> None:
 
 
 def test_a_port_is_free_where_the_container_itself_publishes_it(filters: Any) -> None:
-    containers = {"x": {"ports": ["a_port", "b_port"]}, "y": {"ports": ["c_port"]}}
+    containers = {
+        "x": {"ports": {"a_port": "", "b_port": ""}},
+        "y": {"ports": {"c_port": "", "d_port": ""}},
+    }
     own = {"x": container("broker-x", OWN_LABEL, 5000), "y": container("broker-y", {}, 5001)}
-    ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000"}
+    own["front"] = container("broker-front", OWN_LABEL, 5002)
+    ports = {"a_port": "5000", "b_port": "5001", "c_port": "5000", "d_port": "5002"}
     # 5001 is y's, and 5000 x's, until they are made anew.
     expected = {"b_port": "5001", "c_port": "5000"}
     assert filters["preflight_not_held"](ports, containers, own) == expected

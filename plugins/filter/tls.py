@@ -12,6 +12,7 @@ NAMES = (
     "tls_due",
     "tls_given",
     "tls_given_faults",
+    "tls_given_name",
     "tls_held",
     "tls_leads",
     "tls_own",

@@ -270,6 +270,13 @@ def tls_given(files: Mapping[str, str], folder: str, containers: Iterable[str]) 
     return {container: dict(given) for container in containers}
 
 
+def tls_given_name(files: Mapping[str, str], folder: str, names: Iterable[object]) -> str:
+    """Return the first of names that the certificate of files, paths from folder, is for."""
+    has = _names_of(chain_of(_read(folder, files["certificate"]))[0])
+    covered = (name for name in map(alternative, names) if _covers(has, name))
+    return next(covered, "").partition(":")[2]
+
+
 def tls_given_faults(
     files: Mapping[str, str], folder: str, names: Sequence[object], reached: Sequence[object]
 ) -> list[str]:
