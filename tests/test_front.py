@@ -9,12 +9,13 @@ from support import Rendered, render, run_in
 
 CERTIFICATE = """
 mkdir tls
-openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=x -keyout key -out cert 2>/dev/null
+openssl ecparam -name prime256v1 -genkey -noout -out key
+openssl req -x509 -new -key key -subj /CN=x -out cert
 cat cert key > tls/front.pem
 """
 # Run it, and wait until it listens.
 START = """
-haproxy -f haproxy.cfg 2>/dev/null &
+haproxy -f haproxy.cfg >log 2>&1 &
 until bash -c 'exec 3<>/dev/tcp/127.0.0.1/8405' 2>/dev/null; do sleep 0.1; done
 """
 # Send the request in the file $2 to the port $1 and show the answer.
@@ -45,9 +46,9 @@ def request(path: str, *headers: str) -> str:
 
 def ask(image: str, texts: dict[str, str], port: int, text: str) -> tuple[int, str, str]:
     """Return status, headers and body of the answer at port."""
-    done = run_in(image, {**texts, "request": text}, f"{START}{ASK}ask {port} request")
+    done = run_in(image, {**texts, "request": text}, f"{{ {START}{ASK}ask {port} request; }}")
     assert done.stdout.startswith("HTTP/1.1 "), done.stdout
-    head, _, body = done.stdout.partition("\n\n" if "\r" not in done.stdout else "\r\n\r\n")
+    head, _, body = done.stdout.partition("\r\n\r\n")
     return int(head.split()[1]), head.lower(), body
 
 
