@@ -491,7 +491,9 @@ async def long_poll(
         async with gate:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
         start = time.monotonic()
-        writer.write(b"GET /receive?wait=20 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        writer.write(
+            b"GET /receive?wait=20 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
         held.add(writer)
         async with asyncio.timeout(60):
             head = await reader.readuntil(b"\r\n\r\n")

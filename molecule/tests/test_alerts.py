@@ -38,6 +38,7 @@ class Browser:
     """Chromium, in the network of the disposable host."""
 
     def __init__(self, stack: Stack) -> None:
+        self.usual = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         self.container = f"{stack.vars['ansible_host'].removesuffix('-broker1')}-browser"
         self.top = f"http://127.0.0.1:{stack.vars['monitoring_prometheus_port']}"
 
@@ -53,7 +54,7 @@ class Browser:
         return dom
 
     def _chromium(self, path: str, *args: str) -> str:
-        usual = ["--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
+        usual = [*self.usual, "--virtual-time-budget=8000"]
         return self._run("chromium-headless-shell", *usual, *args, self.top + path)
 
     def _run(self, *command: str) -> str:

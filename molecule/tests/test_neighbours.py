@@ -43,8 +43,10 @@ with ThreadPoolExecutor(len(places)) as pool:
     print(json.dumps([place for place, open in zip(places, pool.map(answers, places)) if open]))
 """
 
+pytestmark = pytest.mark.usefixtures("neighbour")
 
-@pytest.fixture(autouse=True)
+
+@pytest.fixture
 def neighbour(stack: Stack) -> Iterator[None]:
     # Deleted with its namespace, the other end goes some time later.
     stack.host.run("ip link delete to-neighbour; ip netns delete neighbour")
