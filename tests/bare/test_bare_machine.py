@@ -592,6 +592,24 @@ def test_an_eighth_container_is_its_entry_and_its_files(
     machine.run(f"until {query} | grep 'echo:7000'; do sleep 1; done", 60)
 
 
+def test_tls_is_one_variable(
+    machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
+) -> None:
+    output = timed(machine, seconds, "tls", 'make up ARGS="-e stack_tls=own"', 300)
+    say(f"make up with stack_tls=own: {seconds['tls']:.0f} s")
+    shown = table(output)
+    for service in ("publisher", "subscriber", "front", "prometheus", "rabbitmq"):
+        assert re.search(r" https://localhost:\d+ Up ", shown.get(service, "")), output[-2000:]
+    assert re.search(r"TLS +until 20\d\d-\d\d-\d\d", output)
+    ask = "curl --fail --silent --cacert inventory/.secrets/broker/tls_ca.pem"
+    machine.run(f"{ask} --data message=safe https://localhost:5000/data")
+    assert machine.run(f"{ask} https://localhost:5001/receive") == "safe\n"
+    people = "--user monitoring:$(cat inventory/.secrets/broker/monitoring)"
+    up = f"{ask} {people} 'https://localhost:9090/api/v1/query?query=min(tls_handshake_up)'"
+    machine.run(f"until {up} | grep '\"1\"]'; do sleep 1; done", 60)
+    assert "BEGIN CERTIFICATE" in machine.run("make ca", 60)
+
+
 def test_make_clean_removes_all_that_is_the_stack_s_and_nothing_else(
     machine: Machine, seconds: dict[str, float], say: Callable[[str], None]
 ) -> None:
