@@ -11,7 +11,7 @@ CERTIFICATE = """
 mkdir tls
 openssl ecparam -name prime256v1 -genkey -noout -out key
 openssl req -x509 -new -key key -subj /CN=x -out cert
-cat cert key > tls/front.pem
+cat cert key > tls/server.pem
 """
 # Run it, and wait until it listens.
 START = """

@@ -154,8 +154,7 @@ def test_every_container_gets_what_the_files_have_and_no_more(given: Given) -> N
     taken = given.filters["tls_given"](files, str(given.folder), ["front", "rabbitmq"])
     assert taken["front"] == taken["rabbitmq"]
     assert taken["front"] == {
-        "tls/certificate.pem": text,
-        "tls/key.pem": given.leaf.key_pem,
+        "tls/server.pem": text + given.leaf.key_pem,
         "tls/ca.pem": given.root.pem,
     }
 
@@ -442,7 +441,8 @@ def test_a_certificate_with_less_than_a_third_is_due(own: Own) -> None:
 
 def test_a_certificate_of_other_names_ca_or_key_is_due(own: Own) -> None:
     own.put("front", pair("f", own.ca, names=("broker1", "front", "192.0.2.10", "old")))
-    assert own.why() == {"front": "is for other names (DNS:old, DNS:publisher)"}
+    # A name that nobody needs any more goes with the next one.
+    assert own.why() == {"front": "lacks names (DNS:publisher)"}
     own.put("front", own.leaf(pair("ca", ca=True)))
     assert own.why() == {"front": "was signed by another CA"}
     own.put("front", own.leaf())
@@ -460,6 +460,16 @@ def test_a_certificate_does_not_outlive_its_ca(own: Own) -> None:
     }
 
 
+def test_a_host_s_files_are_none_of_the_ca_s(filters: Any, tmp_path: Path) -> None:
+    for name in ("ca", "ca_key", "ca_next", "ca_former", "cassandra1_front", "other_front"):
+        (tmp_path / f"tls_{name}.pem").write_text("x")
+    ca = {"tls_ca.pem", "tls_ca_key.pem", "tls_ca_next.pem", "tls_ca_former.pem"}
+    assert filters["tls_texts"](str(tmp_path), "other").keys() == ca | {"tls_other_front.pem"}
+    assert filters["tls_texts"](str(tmp_path), "cassandra1").keys() == ca | {
+        "tls_cassandra1_front.pem"
+    }
+
+
 def test_the_first_host_with_a_ca_makes_it(filters: Any) -> None:
     hosts = {name: {"__tls_home": home} for name, home in zip("abc", "xyx", strict=True)}
     every = {"plain": {}, **hosts}
@@ -470,8 +480,10 @@ def test_the_first_host_with_a_ca_makes_it(filters: Any) -> None:
 def test_a_container_gets_its_own_key_and_every_ca(own: Own) -> None:
     own.texts["tls_ca_next.pem"] = pair("next", ca=True).pem
     files = own.filters["tls_own"](own.texts, "broker1", CONTAINERS)
-    assert files["front"]["tls/key.pem"] == own.texts["tls_broker1_front_key.pem"]
-    assert files["rabbitmq"]["tls/certificate.pem"] == own.texts["tls_broker1_rabbitmq.pem"]
+    for container in "front", "rabbitmq":
+        ends = ("", "_key")
+        pair_of = "".join(own.texts[f"tls_broker1_{container}{end}.pem"] for end in ends)
+        assert files[container]["tls/server.pem"] == pair_of
     trusted = own.texts["tls_ca.pem"] + own.texts["tls_ca_next.pem"]
     assert {one["tls/ca.pem"] for one in files.values()} == {trusted}
 
@@ -613,7 +625,7 @@ class Stack:
     def trusted(self, ca: str) -> bool:
         """Return whether a client that trusts ca (PEM) takes the front's certificate."""
         (self.folder / "trusted.pem").write_text(ca)
-        (self.folder / "shown.pem").write_text(self.given()["tls/certificate.pem"])
+        (self.folder / "shown.pem").write_text(self.given()["tls/server.pem"])
         command = ["openssl", "verify", "-x509_strict", "-purpose", "sslserver"]
         command += ["-verify_hostname", "broker.example.com", "-verify_ip", "127.0.0.1"]
         done = subprocess.run(
@@ -654,7 +666,8 @@ def test_own_certificates_are_made_renewed_and_their_ca_changed(tmp_path: Path) 
     assert "The certificate of front on broker1 ends on" in stack.up("next")
     both = stack.given()["tls/ca.pem"]
     assert both == old + stack.texts()["tls_ca_next.pem"]
-    assert stack.given()["tls/certificate.pem"] not in (late.pem, made["tls_broker1_front.pem"])
+    assert late.pem not in stack.given()["tls/server.pem"]
+    assert made["tls_broker1_front.pem"] not in stack.given()["tls/server.pem"]
     assert stack.trusted(old)
 
     stack.up("use")

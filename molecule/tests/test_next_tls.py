@@ -450,7 +450,8 @@ def test_a_certificate_that_ends_in_six_days_is_told(opened: Opened) -> None:
     )
     # Prometheus reads it at the next connection.
     pem = short.public_bytes(Encoding.PEM).decode()
-    opened.run("printf %%s %s > %s/certificate.pem", pem, folder)
+    own = (opened.secrets / "tls_broker1_prometheus_key.pem").read_text()
+    opened.run("printf %%s %s > %s/server.pem", pem + own, folder)
     eventually(lambda: "CertificateEndsSoon" in opened.firing(), 90, "the end is told")
     opened.site()
     eventually(lambda: "CertificateEndsSoon" not in opened.firing(), 60, "a new one is there")

@@ -16,6 +16,7 @@ SECRETS = "/etc/alertmanager/secrets"
 DURATION = re.compile(
     r"(?=[0-9])(?!0+[a-z])(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?", re.ASCII
 )
+MAX_PASSWORD = 72
 NUMBER = re.compile(r"[0-9]+([.][0-9]+)?")
 
 
@@ -49,8 +50,8 @@ def monitoring_web(passwords: Mapping[str, str], salt: str, tls: bool) -> dict[s
     }
     if tls:
         web["tls_server_config"] = {
-            "cert_file": "tls/certificate.pem",
-            "key_file": "tls/key.pem",
+            "cert_file": "tls/server.pem",
+            "key_file": "tls/server.pem",
             "min_version": "TLS12",
         }
     return web
@@ -65,6 +66,11 @@ def _bcrypt(password: str, salt: str) -> str:
             "Prometheus and Alertmanager take passwords as bcrypt's hashes; install the Python"
             " package bcrypt where Ansible runs."
         ) from None
+    if len(password.encode()) > MAX_PASSWORD:
+        raise AnsibleFilterError(
+            f"A password for the monitoring has more than {MAX_PASSWORD} bytes, which bcrypt takes"
+            " at most; write a shorter one into the file monitoring or monitoring_scrape."
+        )
     # 22 digits of bcrypt's base 64 are a salt; the last one has two bits.
     digits = f"{hashlib.sha256(salt.encode()).hexdigest()[:21]}e"
     return bcrypt.hashpw(password.encode(), f"$2b$10${digits}".encode()).decode()

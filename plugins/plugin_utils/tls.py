@@ -27,6 +27,7 @@ CA_REST = timedelta(days=90)
 LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 # What ends in a number is an address that was misspelt.
 NAME = re.compile(rf"({LABEL}\.)*(?![0-9]+\Z){LABEL}")
+CA_FILES = ("tls_ca", "tls_ca_next", "tls_ca_former")
 DOCKER = re.compile(r"docker.*|br-[0-9a-f]{12}|veth.*")
 ROTATE = 'make ca ARGS="-e ca={}"'
 
@@ -79,12 +80,17 @@ def tls_addresses(facts: Mapping[str, Any]) -> list[str]:
 # --- what the stack makes
 
 
+def is_ca_file(name: str) -> bool:
+    """Return whether name is a file of the CA, and not of a host, whatever that is called."""
+    return name.removesuffix(".pem").removesuffix("_key") in CA_FILES
+
+
 def tls_texts(folder: str, host: str = "") -> dict[str, str]:
     """Return the CA's files in folder and those of host (of every host without one), by names."""
     return {
         path.name: path.read_text(errors="replace")
         for path in sorted(Path(folder).glob("tls_*.pem"))
-        if path.name.startswith(("tls_ca", f"tls_{host}_" if host else "tls_"))
+        if is_ca_file(path.name) or path.name.startswith(f"tls_{host}_" if host else "tls_")
     }
 
 
@@ -162,9 +168,12 @@ def _why_due(
         return "has the key of another"
     if not signed(certificate, ca):
         return "was signed by another CA"
-    if has != wanted:
-        return f"is for other names ({', '.join(sorted(has ^ wanted))})"
-    return f"ends on {day(certificate)}" if certificate.not_valid_after_utc - now() < rest else ""
+    if not wanted <= has:
+        return f"lacks names ({', '.join(sorted(wanted - has))})"
+    end = certificate.not_valid_after_utc
+    # A new one would not last longer than the CA either.
+    is_due = end - now() < rest and end < ca.not_valid_after_utc
+    return f"ends on {day(certificate)}" if is_due else ""
 
 
 def tls_own(texts: Texts, host: str, containers: Iterable[str]) -> dict[str, Files]:
@@ -172,8 +181,8 @@ def tls_own(texts: Texts, host: str, containers: Iterable[str]) -> dict[str, Fil
     trusted = "".join(one["pem"] for one in tls_trusted(texts))
     return {
         container: {
-            "tls/certificate.pem": texts.get(f"tls_{host}_{container}.pem", ""),
-            "tls/key.pem": texts.get(f"tls_{host}_{container}_key.pem", ""),
+            "tls/server.pem": texts.get(f"tls_{host}_{container}.pem", "")
+            + texts.get(f"tls_{host}_{container}_key.pem", ""),
             "tls/ca.pem": trusted,
         }
         for container in containers
@@ -233,7 +242,7 @@ def tls_held(texts: Texts, change: str, tls: str) -> str:
 
 
 def _is_signed(name: str, text: str, signer: x509.Certificate) -> bool:
-    if name.startswith("tls_ca") or name.endswith("_key.pem"):
+    if is_ca_file(name) or name.endswith("_key.pem"):
         return False
     try:
         return signed(chain_of(text)[0], signer)
@@ -263,8 +272,7 @@ def tls_given(files: Mapping[str, str], folder: str, containers: Iterable[str]) 
         serialization.NoEncryption(),
     )
     given = {
-        "tls/certificate.pem": _pem(chain_of(text["certificate"])),
-        "tls/key.pem": key.decode(),
+        "tls/server.pem": _pem(chain_of(text["certificate"])) + key.decode(),
         "tls/ca.pem": _pem([one for one in chain_of(text["ca"]) if is_ca(one)]),
     }
     return {container: dict(given) for container in containers}
