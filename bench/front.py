@@ -68,19 +68,24 @@ def main() -> None:
                     }
                 )
             )
-    print(f"{ROUNDS} rounds of {SECONDS} s, 64 connections:\n")
-    print("| Case | Messages a second | p50 / p99 ms | To the door |\n|---|---|---|---|")
-    for name in runs:
-        rates, doors_own = figures(runs, name, "rate"), figures(runs, door_of(name), "rate")
-        ratio = median(one / two for one, two in zip(rates, doors_own, strict=True))
-        p50, p99 = (median(figures(runs, name, what)) for what in ("p50", "p99"))
-        print(f"| {name} | {median(rates):,.0f} | {p50:.1f} / {p99:.1f} | {ratio:.2f} |")
+    print_figures(runs)
     check(runs)
 
 
-def door_of(name: str) -> str:
-    """Return the case of the door itself that a case is compared with."""
-    return f"{name.partition(': ')[0]}: door"
+def print_figures(runs: dict[str, list[Run]]) -> None:
+    """Print a Markdown table of what was measured; ratios are those of single rounds."""
+    print(f"{ROUNDS} rounds of {SECONDS} s, 64 connections:\n")
+    print("| Case | Messages a second | p50 / p99 ms | To the door | Least | Most |")
+    print("|---|---|---|---|---|---|")
+    for name in runs:
+        rates = figures(runs, name, "rate")
+        others = figures(runs, f"{name.partition(': ')[0]}: door", "rate")
+        single = [one / two for one, two in zip(rates, others, strict=True)]
+        p50, p99 = (median(figures(runs, name, what)) for what in ("p50", "p99"))
+        print(
+            f"| {name} | {median(rates):,.0f} | {p50:.1f} / {p99:.1f}"
+            f" | {median(single):.2f} | {min(single):.2f} | {max(single):.2f} |"
+        )
 
 
 def make_cases(places: dict[str, list[str]]) -> Cases:
