@@ -81,6 +81,7 @@ bench: .venv/.test
 	python3 bench/collector.py
 	python3 bench/doors.py
 	python3 -m bench.queues
+	python3 -m bench.front
 
 # On the Docker host itself, with the ports of `make up`; takes every message of the queue.
 chaos:
