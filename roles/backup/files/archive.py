@@ -8,6 +8,7 @@ only.
 """
 
 import argparse
+import base64
 import gzip
 import hashlib
 import json
@@ -31,6 +32,14 @@ MANIFEST_MAX = 1 << 20
 DATA = ("rabbitmq.tar", "prometheus.tar", "alertmanager.tar", "state.tar")
 REQUIRED = ("definitions.json", *DATA)
 SECRET = re.compile(r"secrets/[A-Za-z0-9_][A-Za-z0-9_.-]{0,90}")
+# A host's certificates, which any run makes anew: they are left out.
+RENEWED = re.compile(r"secrets/tls_.+_(front|rabbitmq|prometheus|alertmanager)(_key)?\.pem")
+# The CA that clients trust, and all files of it.
+CA = "secrets/tls_ca.pem"
+OF_CA = re.compile(r"secrets/tls_ca(_next|_former)?(_key)?\.pem")
+# A certificate, and in it the moment from which it is good, which the one follows at which it ends.
+PEM = re.compile(rb"-----BEGIN CERTIFICATE-----([^-]*)-----END")
+BEGAN = re.compile(rb"\x17\x0d(\d{12})Z[\x17\x18]")
 
 BLOCK = 512
 CHUNK = 1 << 20
@@ -231,17 +240,22 @@ def compare(reader: Reader, expected: dict[str, Any], into: Path | None) -> None
     path.parent.mkdir(mode=0o700, exist_ok=True)
     digest = hashlib.sha256()
     data = Data(name) if name in DATA else None
+    ca = bytearray()
     with create(path) if into else path.open("wb") as file:
 
         def take(piece: bytes) -> None:
             if data:
                 data.take(piece)
+            if name == CA and len(ca) < CHUNK:
+                ca.extend(piece)
             digest.update(piece)
             file.write(piece)
 
         reader.content(found.size, take)
     if digest.hexdigest() != expected["sha256"]:
         raise ArchiveError(f"has a {name} that is not what was packed: its SHA-256 differs")
+    if name == CA:
+        expected["began"] = began(bytes(ca))
 
 
 def create(path: Path) -> BinaryIO:
@@ -266,6 +280,8 @@ def pack(folder: Path, secrets: Path, archive: Path, about: dict[str, Any]) -> d
     """Write an archive of a folder and the secrets; it gets its name once it is whole."""
     files = {name: folder / name for name in REQUIRED}
     for path in sorted(secrets.iterdir()) if secrets.exists() else []:
+        if RENEWED.fullmatch(f"secrets/{path.name}"):
+            continue
         files[f"secrets/{path.name}"] = path
         if not SECRET.fullmatch(f"secrets/{path.name}") or not path.is_file():
             raise ArchiveError(f"cannot take {path}: it is no file, or its name is not of letters")
@@ -304,14 +320,42 @@ def add(tar: tarfile.TarFile, name: str, path: Path) -> None:
         tar.addfile(member, file)
 
 
-def differing(manifest: dict[str, Any], secrets: Path) -> list[str]:
-    """Return the secrets that exist already with other contents than the archive's."""
+def began(text: bytes) -> str:
+    """Return since when the certificate in text is good, as 261128090322; "" if that is unknown."""
+    try:
+        pem = PEM.search(text)
+        found = BEGAN.search(base64.b64decode(pem[1])) if pem else None
+    except ValueError:
+        return ""
+    return found[1].decode() if found else ""
+
+
+def written(manifest: dict[str, Any], secrets: Path) -> list[str]:
+    """Return the secrets that a restore writes.
+
+    Where a CA is, it stays, with the next and the former one: it may have changed since the backup,
+    and clients have followed. One that is older than the archive's counts as a password that
+    differs.
+    """
+    ours = secrets / CA.removeprefix("secrets/")
+    theirs = next((one for one in manifest["members"] if one["name"] == CA), None)
+    older = theirs and ours.exists() and began(ours.read_bytes()) < theirs["began"]
     return [
         member["name"].removeprefix("secrets/")
         for member in manifest["members"]
         if member["name"] not in REQUIRED
-        and (path := secrets / member["name"].removeprefix("secrets/")).exists()
-        and digest_of(path) != member["sha256"]
+        and not RENEWED.fullmatch(member["name"])
+        and (older or not (ours.exists() and OF_CA.fullmatch(member["name"])))
+    ]
+
+
+def differing(manifest: dict[str, Any], secrets: Path) -> list[str]:
+    """Return those of the written secrets that exist already with other contents."""
+    sums = {member["name"]: member["sha256"] for member in manifest["members"]}
+    return [
+        name
+        for name in written(manifest, secrets)
+        if (secrets / name).exists() and digest_of(secrets / name) != sums[f"secrets/{name}"]
     ]
 
 
@@ -333,6 +377,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         else:
             manifest = read(given.archive, given.folder if given.command == "unpack" else None)
         if given.command == "check":
+            manifest["written"] = written(manifest, given.secrets)
             manifest["differing"] = differing(manifest, given.secrets)
     except ArchiveError as error:
         print(f"{given.archive} {error}", file=sys.stderr)
