@@ -1,5 +1,6 @@
 """An archive is restored only when it is whole, and as it was packed."""
 
+import base64
 import gzip
 import hashlib
 import importlib.util
@@ -11,10 +12,15 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 PROGRAM = Path(__file__).parents[1] / "roles/backup/files/archive.py"
 ABOUT = {"stack_name": "broker", "host": "broker1", "node": "rabbit@broker1", "time": "now"}
@@ -153,6 +159,111 @@ def test_secrets_that_differ_are_named(packed: Path, tmp_path: Path) -> None:
     (other / "rabbitmq_admin").write_bytes(CONTENTS["secrets/rabbitmq_admin"])
     (other / "unknown").write_text("stays\n")
     assert json.loads(run("check", packed, other).stdout)["differing"] == ["salt"]
+
+
+def authority(began: str) -> bytes:
+    """Return what looks like a CA that is good from a moment on."""
+    times = b"\x17\x0d" + began.encode() + b"Z\x18\x0f20500101000000Z"
+    text = base64.encodebytes(b"\x30\x82" + times + b"key" * 50).decode()
+    return f"-----BEGIN CERTIFICATE-----\n{text}-----END CERTIFICATE-----\n".encode()
+
+
+@pytest.fixture
+def with_ca(tmp_path: Path) -> Path:
+    """Return an archive with a CA, the next one, and certificates of a host beside them."""
+    files = CONTENTS | {
+        "secrets/tls_ca.pem": authority("260601000000"),
+        "secrets/tls_ca_key.pem": b"its key",
+        "secrets/tls_ca_next.pem": authority("270601000000"),
+        "secrets/tls_broker1.example.com_front.pem": b"certificate",
+        "secrets/tls_broker1.example.com_front_key.pem": b"key",
+        "secrets/tls_a_prometheus_alertmanager.pem": b"certificate",
+        "secrets/tls_rabbitmq_rabbitmq_key.pem": b"key",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    archive = tmp_path / "broker.tar.gz"
+    done = run("pack", archive, tmp_path, tmp_path / "secrets", about=ABOUT)
+    assert done.returncode == 0, done.stderr
+    return archive
+
+
+def checked(archive: Path, secrets: Path) -> tuple[list[str], list[str]]:
+    done = run("check", archive, secrets)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    return said["written"], said["differing"]
+
+
+OF_CA = ["tls_ca.pem", "tls_ca_key.pem", "tls_ca_next.pem"]
+
+
+def test_certificates_of_hosts_are_left_out(with_ca: Path, tmp_path: Path) -> None:
+    with tarfile.open(with_ca) as tar:
+        packed = [name for name in tar.getnames() if "tls_" in name]
+    assert packed == [f"secrets/{name}" for name in OF_CA]
+    assert checked(with_ca, tmp_path / "new") == (["rabbitmq_admin", "salt", *OF_CA], [])
+
+
+def test_certificates_of_hosts_in_an_archive_are_not_written_and_not_compared(
+    tmp_path: Path,
+) -> None:
+    archive, name = tmp_path / "earlier.tar.gz", "tls_broker1_front.pem"
+    members = CONTENTS | {f"secrets/{name}": b"former"}
+    archive.write_bytes(tarred([manifest(members), *members.items()]))
+    (tmp_path / name).write_bytes(b"renewed")
+    assert checked(archive, tmp_path) == (["rabbitmq_admin", "salt"], [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "beside", "stays", "differing"),
+    [
+        # The archive's own: what became of the next one meanwhile stays, too.
+        (authority("260601000000"), False, True, []),
+        # After `make ca`, beside the passwords.
+        (authority("270601000000"), True, True, []),
+        # Left by a run that was refused on a new machine.
+        (authority("270601000000"), False, False, OF_CA),
+        # From before the last `make ca`, or no certificate.
+        (authority("250601000000"), True, False, OF_CA),
+        (b"nothing", True, False, OF_CA),
+        (b"-----BEGIN CERTIFICATE-----\nA\n-----END", True, False, OF_CA),
+    ],
+)
+def test_a_ca_that_followed_the_archive_s_stays_and_any_other_is_refused(
+    with_ca: Path, tmp_path: Path, ours: bytes, beside: bool, stays: bool, differing: list[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "tls_ca.pem").write_bytes(ours)
+    (here / "tls_ca_key.pem").write_bytes(b"our key")
+    (here / "tls_ca_next.pem").write_bytes(authority("280601000000"))
+    if beside:
+        (here / "salt").write_bytes(CONTENTS["secrets/salt"])
+    expected = ["rabbitmq_admin", "salt"] + ([] if stays else OF_CA)
+    assert checked(with_ca, here) == (expected, differing)
+
+
+def test_since_when_a_ca_is_good_is_read_of_real_ones(archives: Any) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "broker CA 20261128090322")])
+    for year in 2036, 2056:
+        made = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(datetime(2026, 11, 27, 9, 3, 22, tzinfo=UTC))
+            .not_valid_after(datetime(year, 11, 28, tzinfo=UTC))
+            .sign(key, hashes.SHA256())
+        )
+        pem = made.public_bytes(serialization.Encoding.PEM)
+        assert archives.began(b"a comment\n" + pem) == "261127090322"
+
+
+def test_restore_looks_with_every_preflight_but_that_which_makes_a_ca() -> None:
+    roles = PROGRAM.parents[2]
+    every = yaml.safe_load((roles / "preflight/defaults/main.yml").read_text())["preflight_checked"]
+    looked = yaml.safe_load((roles / "backup/vars/main.yml").read_text())["__backup_looked"]
+    assert looked == [role for role in every if role != "tls"]
 
 
 def test_an_archive_that_is_cut_off_anywhere_is_refused(

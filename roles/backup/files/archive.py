@@ -330,22 +330,31 @@ def began(text: bytes) -> str:
     return found[1].decode() if found else ""
 
 
-def written(manifest: dict[str, Any], secrets: Path) -> list[str]:
-    """Return the secrets that a restore writes.
+def stays(manifest: dict[str, Any], secrets: Path) -> bool:
+    """Tell whether the CA that is here stays: it is the archive's, or has followed it.
 
-    Where a CA is, it stays, with the next and the former one: it may have changed since the backup,
-    and clients have followed. One that is older than the archive's counts as a password that
-    differs.
+    One that has followed is newer and lies beside passwords of the archive; a run that was refused
+    on a new controller leaves one alone.
     """
     ours = secrets / CA.removeprefix("secrets/")
     theirs = next((one for one in manifest["members"] if one["name"] == CA), None)
-    older = theirs and ours.exists() and began(ours.read_bytes()) < theirs["began"]
+    if theirs is None or not ours.exists():
+        return False
+    if digest_of(ours) == theirs["sha256"]:
+        return True
+    names = [one["name"].removeprefix("secrets/") for one in manifest["members"]]
+    beside = any((secrets / name).exists() for name in names if not name.startswith("tls_"))
+    return beside and began(ours.read_bytes()) >= theirs["began"]
+
+
+def written(manifest: dict[str, Any], secrets: Path) -> list[str]:
+    """Return the secrets that a restore writes: not those of a CA where one stays."""
+    left = [RENEWED, OF_CA] if stays(manifest, secrets) else [RENEWED]
     return [
         member["name"].removeprefix("secrets/")
         for member in manifest["members"]
         if member["name"] not in REQUIRED
-        and not RENEWED.fullmatch(member["name"])
-        and (older or not (ours.exists() and OF_CA.fullmatch(member["name"])))
+        and not any(names.fullmatch(member["name"]) for names in left)
     ]
 
 
