@@ -193,6 +193,15 @@ CASES = [
         {"stack_bind_address": "localhost", "stack_queue": "a b"},
         ["stack_bind_address is localhost;", "IPv4", "stack_queue is a b;"],
     ),
+    (
+        {"monitoring_bind_address": "0.0.0.0", "rabbitmq_management_bind_address": "192.0.2.1"},
+        [
+            "monitoring_bind_address is 0.0.0.0: those of Prometheus",
+            "rabbitmq_management_bind_address is 192.0.2.1: that of the management UI",
+            "Set stack_tls to own",
+            "stack_plain_text to accepted",
+        ],
+    ),
     ({"stack_bind_address": "127.evil"}, ["stack_bind_address is 127.evil;"]),
     ({"stack_bind_address": "::1"}, ["stack_bind_address is ::1;"]),
     (
