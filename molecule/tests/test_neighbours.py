@@ -148,7 +148,11 @@ def test_without_its_rules_the_host_passes_a_neighbours_packets_on(stack: Stack)
     stack.run("sh %s open %s", script, stack.name)
     try:
         assert stack.host.run("sh %s look %s", script, stack.name).rc == 3
-        own = {address(stack, container["Name"]) for container in containers(stack)}
+        own = {
+            address(stack, container["Name"])
+            for container in containers(stack)
+            if any(container["NetworkSettings"]["Ports"].values())
+        }
         seen = {place.split(":")[0] for place in reached(stack, table)}
         assert own | {"127.0.0.1"} == seen
     finally:
