@@ -102,7 +102,9 @@ class Door(NamedTuple):
         connection = HTTPConnection(self.address, self.port, timeout, source)
         start = time.monotonic()
         try:
-            connection.request(method, path, body or None, dict(headers or {}))
+            # A door has no name that is its container's address.
+            own = {"Host": "localhost", **(headers or {})}
+            connection.request(method, path, body or None, own)
             response = connection.getresponse()
             text = response.read()
             return Answer(response.status, dict(response.headers), text, time.monotonic() - start)

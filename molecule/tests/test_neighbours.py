@@ -46,6 +46,13 @@ with ThreadPoolExecutor(len(places)) as pool:
 pytestmark = pytest.mark.usefixtures("neighbour")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _booted(stack: Stack) -> None:
+    """Set the rules as systemd does at boot: the host has none, and other tests restart it."""
+    script = f"/etc/message-broker-stack/{stack.name}/neighbours.sh"
+    stack.run("sh %s close %s %s", script, stack.name, f"br-{network(stack)['Id'][:12]}")
+
+
 @pytest.fixture
 def neighbour(stack: Stack) -> Iterator[None]:
     # Deleted with its namespace, the other end goes some time later.
