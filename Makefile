@@ -17,7 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine beside molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -36,10 +36,14 @@ logs:
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
 
-# One after the other, but for the first two: many of these tests measure times. A failure does not keep the next ones from running.
+# Molecule's hosts and, beside them, all else. The output of what ran beside comes last. A failure does not keep the next ones from running.
 test: .venv/.test
 	$(MAKE) --keep-going --jobs=2 lint test-host; first=$$?; \
-	$(MAKE) --keep-going unit molecule test-bare && exit $$first
+	$(MAKE) --keep-going --jobs=2 --old-file=test-host molecule beside; second=$$?; \
+	cat .venv/beside.log; exit $$((first | second))
+
+beside:
+	$(MAKE) --keep-going --jobs=1 --old-file=test-host unit-engine test-bare unit-python > .venv/$@.log 2>&1
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
@@ -63,7 +67,9 @@ BY_ENGINE = tests/test_alerts.py tests/test_front.py tests/test_image_source.py
 unit-engine: .venv/.test test-host
 	$(PYTEST) $(BY_ENGINE)
 
-molecule: molecule-default molecule-next
+# On one host after the other: both have the same name.
+molecule:
+	$(MAKE) --keep-going --jobs=1 molecule-default molecule-next
 
 # A frame around the output would come after pytest's own last line.
 molecule-default molecule-next: export MOLECULE_COMMAND_BORDERS = false
