@@ -967,6 +967,20 @@ def test_a_url_is_the_one_that_users_type(filters: Any) -> None:
     assert url("0.0.0.0", 5000, True, ["mq.example.com", "b"]) == "https://mq.example.com:5000"
 
 
+def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
+    hostvars = {name: {"stack_told_address": f"192.0.2.{name[1:]}"} for name in ("h1", "h2", "h3")}
+    names = {
+        host: [one["name"] for one in filters["stack_others"](hostvars, list(hostvars), host)]
+        for host in hostvars
+    }
+    assert names == {"h1": ["h2", "h3"], "h2": ["h3", "h1"], "h3": ["h1", "h2"]}
+    del hostvars["h2"]["stack_told_address"]
+    assert filters["stack_others"](hostvars, list(hostvars), "h1") == [
+        {"name": "h3", "address": "192.0.2.3"}
+    ]
+    assert filters["stack_others"]({"h1": {}}, ["h1"], "h1") == []
+
+
 def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:
     catalogue = {"a": {"image": {"contexts": ["x"], "upstream": "a_image"}}}
     catalogue |= {"b": {"image": {"contexts": ["y"]}}, "c": {}}

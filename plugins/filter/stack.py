@@ -1,6 +1,6 @@
 """Filters that several roles compute with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,9 +15,23 @@ def stack_url(address: str, port: object, tls: bool, names: Sequence[str] = ()) 
     return f"{'https' if tls else 'http'}://{host}:{port}"
 
 
+def stack_others(
+    hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str], host: str
+) -> list[dict[str, str]]:
+    """Return name and address of the hosts of nodes but host, from the one after it on.
+
+    Each host's preflight tells its address in the fact stack_told_address; a host that has told
+    none is left out.
+    """
+    place = nodes.index(host) if host in nodes else 0
+    others = [name for name in (*nodes[place:], *nodes[:place]) if name != host]
+    told = {name: hostvars[name].get("stack_told_address", "") for name in others}
+    return [{"name": name, "address": address} for name, address in told.items() if address]
+
+
 class FilterModule:
     """What Ansible loads."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"stack_url": stack_url}
+        return {"stack_others": stack_others, "stack_url": stack_url}
