@@ -17,7 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine beside molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -67,17 +67,15 @@ BY_ENGINE = tests/test_alerts.py tests/test_front.py tests/test_image_source.py
 unit-engine: .venv/.test test-host
 	$(PYTEST) $(BY_ENGINE)
 
-# On one host after the other: both have the same name.
+# SCENARIO: one of them. One after the other: their hosts have the same names.
+SCENARIO ?= default next cluster
 molecule:
-	$(MAKE) --keep-going --jobs=1 molecule-default molecule-next
+	$(MAKE) --keep-going --jobs=1 $(addprefix molecule-,$(SCENARIO))
 
 # A frame around the output would come after pytest's own last line.
-molecule-default molecule-next: export MOLECULE_COMMAND_BORDERS = false
-molecule-default: .venv/.test
-	molecule test
-
-molecule-next: .venv/.test
-	molecule test --scenario-name next
+molecule-default molecule-next molecule-cluster: export MOLECULE_COMMAND_BORDERS = false
+molecule-default molecule-next molecule-cluster: .venv/.test
+	molecule test --scenario-name $(@:molecule-%=%)
 
 test-bare: .venv/.test test-host
 	$(PYTEST) tests/bare

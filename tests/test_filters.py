@@ -967,6 +967,25 @@ def test_a_url_is_the_one_that_users_type(filters: Any) -> None:
     assert url("0.0.0.0", 5000, True, ["mq.example.com", "b"]) == "https://mq.example.com:5000"
 
 
+def test_a_node_that_does_not_run_in_the_cluster_is_apart(filters: Any) -> None:
+    nodes = [{"name": "rabbit@h1", "running": True}, {"name": "rabbit@h2", "running": False}]
+    assert filters["rabbitmq_apart"](nodes, ["h1", "h2", "h3"]) == ["rabbit@h2", "rabbit@h3"]
+    assert filters["rabbitmq_apart"](nodes, ["h1"]) == []
+
+
+def test_a_host_on_which_a_quorum_queue_has_no_member_is_told(filters: Any) -> None:
+    names = ["rabbit@h1", "rabbit@h2", "rabbit@h3"]
+    queues = [
+        {"name": "a", "type": "quorum", "members": names, "online": names[:2]},
+        {"name": "b", "type": "quorum", "members": names[:2], "online": names[:2]},
+        {"name": "c", "type": "classic", "node": "rabbit@h1"},
+    ]
+    hosts = ["h1", "h2", "h3"]
+    assert filters["rabbitmq_without_members"](queues, hosts) == ["h3"]
+    assert filters["rabbitmq_without_members"](queues[:1], hosts) == []
+    assert filters["rabbitmq_without_members"](queues[:1], hosts, online=True) == ["h3"]
+
+
 def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
     hostvars = {name: {"stack_told_address": f"192.0.2.{name[1:]}"} for name in ("h1", "h2", "h3")}
     names = {

@@ -402,9 +402,9 @@ class Own:
         self.texts[f"tls_broker1_{container}.pem"] = one.pem
         self.texts[f"tls_broker1_{container}_key.pem"] = one.key_pem
 
-    def due(self, days: int = 90) -> list[dict[str, Any]]:
+    def due(self, days: int = 90, peers: tuple[str, ...] = ()) -> list[dict[str, Any]]:
         told: list[dict[str, Any]] = self.filters["tls_due"](
-            self.texts, "broker1", CONTAINERS, NAMES, days
+            self.texts, "broker1", CONTAINERS, NAMES, days, peers
         )
         return told
 
@@ -419,6 +419,16 @@ def own(filters: Any) -> Own:
 
 def test_certificates_that_are_right_are_not_made_again(own: Own) -> None:
     assert own.due() == []
+
+
+def test_what_others_meet_as_a_client_says_so(own: Own) -> None:
+    [due] = own.due(peers=("rabbitmq",))
+    assert (due["container"], due["why"]) == ("rabbitmq", "is not a client's as well")
+    assert due["usages"] == ["serverAuth", "clientAuth"]
+    names = ("broker1", "rabbitmq", "192.0.2.10")
+    client = ExtendedKeyUsageOID.CLIENT_AUTH
+    own.put("rabbitmq", pair("b", own.ca, names=names, usage=client))
+    assert own.due(peers=("rabbitmq",)) == []
 
 
 def test_what_is_missing_is_due(own: Own) -> None:

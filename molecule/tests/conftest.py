@@ -20,6 +20,10 @@ CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())[
 # The front is there only where the stack is guarded.
 SERVICES = [name for name in CATALOGUE if name != "front"]
 
+# The CA, on a host whose stack is guarded, and the doors, which ask for a client's token there.
+CA = "/tmp/ca.pem"
+DOORS = ("apps_publisher_port", "apps_subscriber_port")
+
 # Does one thing as one user and prints how it ended.
 ATTEMPT = """
 import json, sys, pika
@@ -54,18 +58,20 @@ except pika.exceptions.AMQPError as error:
 """
 
 
-def host_variables() -> dict[str, Any]:
+def host_variables(host: str = "broker1") -> dict[str, Any]:
     """Return what the scenario sets for its host."""
-    files = [INVENTORY / "group_vars/brokers.yml", INVENTORY / "host_vars/broker1.yml"]
-    values = [yaml.safe_load(file.read_text()) for file in files]
-    return {name: value for each in values for name, value in each.items()}
+    names = ["group_vars/brokers.yml", "group_vars/clustered.yml", f"host_vars/{host}.yml"]
+    files = [INVENTORY / name for name in names]
+    values = [yaml.safe_load(file.read_text()) for file in files if file.exists()]
+    told = {name: value for each in values for name, value in each.items()}
+    return {**told, "ansible_host": f"{told['stack_name']}-{host}"}
 
 
-def variables() -> dict[str, Any]:
+def variables(host: str = "broker1") -> dict[str, Any]:
     """Return every variable as the playbook has it, from the roles' defaults and the inventory."""
     files = PROJECT.glob("roles/*/defaults/**/*.yml")
     values = [yaml.safe_load(file.read_text()) or {} for file in files]
-    values.append(host_variables())
+    values.append(host_variables(host))
     return {name: value for each in values for name, value in each.items()}
 
 
@@ -225,6 +231,31 @@ class Stack:
             timeout=600,
             check=False,
         )
+
+
+@dataclass
+class Guarded(Stack):
+    """The stack as others reach it: by TLS, and with credentials."""
+
+    def http(self, port: str, path: str, *curl: str) -> Answer:
+        """Ask path of the port that the variable port sets, as who may; curl says more."""
+        login = ("--cacert", CA)
+        if port in DOORS:
+            login += ("--header", f"Authorization: Bearer {self.token}")
+        elif port != "rabbitmq_management_port":
+            login += ("--user", f"monitoring:{self.secret('monitoring')}")
+        return self.ask(port, path, *login, *curl)
+
+    def ask(self, port: str, path: str, *curl: str) -> Answer:
+        """Ask by TLS without credentials."""
+        return super().http(port, path, *curl, top="https://localhost")
+
+    def secret(self, name: str) -> str:
+        return (self.secrets / name).read_text().split()[0]
+
+    @property
+    def token(self) -> str:
+        return self.secret("client_shop")
 
 
 def eventually(check: Callable[[], object], timeout: float, promise: str) -> float:

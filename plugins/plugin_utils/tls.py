@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -133,29 +133,39 @@ def tls_due(
     containers: Mapping[str, Iterable[str]],
     names: Iterable[object],
     days: int,
+    peers: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return the certificates of host that must be made, each with why, names and its last moment.
+    """Return the certificates of host that must be made, each with why and what it shall have.
 
     containers has the names of each one in its network; names are those of the host. A
-    certificate lasts days, or as long as the CA, and is due with a third of that left.
+    certificate lasts days, or as long as the CA, and is due with a third of that left. Those of
+    peers also show it to each other as clients.
     """
     ca = chain_of(texts["tls_ca.pem"])[0] if "tls_ca.pem" in texts else None
     known = set(names)
     due = []
     for container, aliases in containers.items():
-        wanted = alternatives([*known, *aliases])
-        why = _why_due(texts, f"tls_{host}_{container}", wanted, ca, timedelta(days=int(days)) / 3)
+        wanted, peer = alternatives([*known, *aliases]), container in peers
+        name, rest = f"tls_{host}_{container}", timedelta(days=int(days)) / 3
+        why = _why_due(texts, name, wanted, ca, rest, peer=peer)
         if why:
             end = now() + timedelta(days=int(days))
             last = min(end, ca.not_valid_after_utc) if ca else end
             until = f"{last:%Y%m%d%H%M%SZ}"
+            usages = ["serverAuth", "clientAuth"] if peer else ["serverAuth"]
             one = {"container": container, "names": sorted(wanted), "until": until, "why": why}
-            due.append(one)
+            due.append({**one, "usages": usages})
     return due
 
 
 def _why_due(
-    texts: Texts, name: str, wanted: set[str], ca: x509.Certificate | None, rest: timedelta
+    texts: Texts,
+    name: str,
+    wanted: set[str],
+    ca: x509.Certificate | None,
+    rest: timedelta,
+    *,
+    peer: bool,
 ) -> str:
     if f"{name}.pem" not in texts or f"{name}_key.pem" not in texts or ca is None:
         return "is missing"
@@ -170,6 +180,8 @@ def _why_due(
         return "was signed by another CA"
     if not wanted <= has:
         return f"lacks names ({', '.join(sorted(wanted - has))})"
+    if peer and ExtendedKeyUsageOID.CLIENT_AUTH not in _usages_of(certificate):
+        return "is not a client's as well"
     end = certificate.not_valid_after_utc
     # A new one would not last longer than the CA either.
     is_due = end - now() < rest and end < ca.not_valid_after_utc
@@ -364,11 +376,8 @@ def _leaf_faults(where: str, leaf: x509.Certificate) -> list[str]:
             f"{where} {subject(leaf)} is a CA itself; let it sign a certificate for the hosts, or "
             "set stack_tls to own, which does."
         )
-    try:
-        usage = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    except x509.ExtensionNotFound:
-        return faults
-    if not {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE} & {*usage}:
+    servers = {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    if not servers & _usages_of(leaf):
         faults.append(
             f"{where} {subject(leaf)} is not for servers; ask for one with the extended key usage "
             "serverAuth."
@@ -549,6 +558,14 @@ def _names_of(certificate: x509.Certificate) -> set[str]:
         *(f"DNS:{name.lower()}" for name in names.get_values_for_type(x509.DNSName)),
         *(f"IP:{address}" for address in names.get_values_for_type(x509.IPAddress)),
     }
+
+
+def _usages_of(certificate: x509.Certificate) -> set[x509.ObjectIdentifier]:
+    """Return what the certificate's key may be used for; any use where it does not say."""
+    try:
+        return {*certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value}
+    except x509.ExtensionNotFound:
+        return {ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
 
 
 def _covers(has: set[str], name: str) -> bool:

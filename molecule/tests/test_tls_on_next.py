@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 
 import pytest
-from conftest import Answer, Stack, eventually, variables
+from conftest import CA, DOORS, Guarded, Stack, eventually, variables
 from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -32,10 +32,8 @@ OPEN = {
     "stack_clients": [SHOP],
     "monitoring_prometheus_alerts": {"CertificateEndsSoon": {"for": "10s"}},
 }
-CA = "/tmp/ca.pem"
 # Another client beside the neighbour, by the same way.
 OTHER = "198.51.100.5"
-DOORS = ("apps_publisher_port", "apps_subscriber_port")
 
 # Sends and receives a hundred times a second until the file is there, and counts how it ended.
 LOAD = """
@@ -200,21 +198,8 @@ print(json.dumps(told))
 
 
 @dataclass
-class Opened(Stack):
-    """The stack as others reach it: by TLS, and with credentials."""
-
-    def http(self, port: str, path: str, *curl: str) -> Answer:
-        """Ask path of the port that the variable port sets, as who may; curl says more."""
-        login = ("--cacert", CA)
-        if port in DOORS:
-            login += ("--header", f"Authorization: Bearer {self.token}")
-        elif port != "rabbitmq_management_port":
-            login += ("--user", f"monitoring:{self.secret('monitoring')}")
-        return self.ask(port, path, *login, *curl)
-
-    def ask(self, port: str, path: str, *curl: str) -> Answer:
-        """Ask by TLS without credentials."""
-        return super().http(port, path, *curl, top="https://localhost")
+class Opened(Guarded):
+    """The stack, opened by variables of the command line."""
 
     def as_neighbour(self, script: str, *args: str) -> object:
         """Run a Python script in the neighbour's network; what it printed as JSON."""
@@ -225,13 +210,6 @@ class Opened(Stack):
         """Return the certificate that a port shows."""
         pem = self.python(SHOW, str(self.vars[port]))
         return x509.load_pem_x509_certificate(pem.encode())
-
-    def secret(self, name: str) -> str:
-        return (self.secrets / name).read_text().split()[0]
-
-    @property
-    def token(self) -> str:
-        return self.secret("client_shop")
 
     def site(self, *args: str) -> str:
         done = self.playbook("site", "--extra-vars", json.dumps(OPEN), *args)

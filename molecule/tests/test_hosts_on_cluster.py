@@ -1,0 +1,262 @@
+"""Three hosts, one broker: what was confirmed is handed out, whichever host goes."""
+
+import json
+import re
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPSConnection
+
+import pytest
+import testinfra
+from conftest import CA, PROJECT, Guarded, eventually, variables
+
+sys.path.append(str(PROJECT / "tests"))
+from chaos import Delivery, Message, check, read  # type: ignore[import-not-found]
+
+HOSTS = ("broker1", "broker2", "broker3")
+QUEUE = variables()["stack_queue"]
+PUBLISHER, SUBSCRIBER = "apps_publisher_port", "apps_subscriber_port"
+# Seconds that a client waits for an answer, and after a failure.
+PATIENCE, PAUSE = 10, 0.1
+
+
+def outside(*command: str) -> str:
+    """Run docker on the machine that carries the hosts."""
+    done = subprocess.run(["docker", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"docker {command}: {done.stderr}"
+    return done.stdout.strip()
+
+
+@dataclass
+class Cluster:
+    """The hosts by name."""
+
+    hosts: dict[str, Guarded]
+
+    @property
+    def first(self) -> Guarded:
+        return self.hosts[HOSTS[0]]
+
+    def address(self, host: str) -> str:
+        """Return the host's address in the network of all hosts."""
+        form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        return outside("inspect", "--format", form, self.machine(host))
+
+    def machine(self, host: str) -> str:
+        """Return the container that stands for the host."""
+        return str(self.hosts[host].vars["ansible_host"])
+
+    def ready(self) -> bool:
+        return all(host.ready() for host in self.hosts.values())
+
+    def whole(self) -> bool:
+        """Return whether every queue has a member on each host, and all of them run."""
+        told = self.first.api("/queues?columns=name,online")
+        return told.status == 200 and all(len(queue["online"]) == 3 for queue in told.json)
+
+    def wait_until_whole(self, timeout: float = 120) -> float:
+        return eventually(
+            lambda: self.ready() and self.whole(), timeout, "all doors and members are there"
+        )
+
+    def leader(self) -> str:
+        """Return the host whose node leads the queue."""
+        told = self.first.api(f"/queues/%2F/{QUEUE}?columns=leader").json
+        return str(told["leader"]).removeprefix("rabbit@")
+
+
+class Client(threading.Thread):
+    """Goes from door to door until it is told to stop: to the next one after each failure."""
+
+    def __init__(self, cluster: Cluster, port: str, place: int) -> None:
+        """Begin at the door of the host at place."""
+        super().__init__(daemon=True)
+        number = int(cluster.first.vars[port])
+        trust = ssl.create_default_context(
+            cadata=(cluster.first.secrets / "tls_ca.pem").read_text()
+        )
+        self.doors = [
+            HTTPSConnection(cluster.address(host), number, timeout=PATIENCE, context=trust)
+            for host in HOSTS
+        ]
+        self.place = place
+        self.headers = {
+            "Authorization": f"Bearer {cluster.first.token}",
+            "Accept": "application/json",
+        }
+        self.over = threading.Event()
+        self.answers: Counter[str] = Counter()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            door = self.doors[self.place % len(self.doors)]
+            try:
+                answer = self.ask(door)
+            except (OSError, HTTPException, json.JSONDecodeError) as error:
+                door.close()
+                answer = type(error).__name__
+            self.answers[answer] += 1
+            if answer not in ("200", "201", "204"):
+                self.place += 1
+                time.sleep(PAUSE)
+
+    def ask(self, door: HTTPSConnection) -> str:
+        raise NotImplementedError
+
+
+class Sender(Client):
+    """Sends its numbers in order, each once, whatever comes of it."""
+
+    def __init__(self, cluster: Cluster, place: int, name: str) -> None:
+        """Send as name."""
+        super().__init__(cluster, PUBLISHER, place)
+        self.named, self.tried = name, 0
+        self.confirmed: list[Message] = []
+        self.times = [time.monotonic()]
+
+    def ask(self, door: HTTPSConnection) -> str:
+        message = Message(self.named, self.tried)
+        self.tried += 1
+        door.request("POST", f"/queues/{QUEUE}/messages", str(message).encode(), self.headers)
+        response = door.getresponse()
+        response.read()
+        if response.status == 201:
+            self.confirmed.append(message)
+            self.times.append(time.monotonic())
+        return str(response.status)
+
+    def stall(self) -> float:
+        """Return the longest time between two confirmed messages."""
+        pairs = zip(self.times, [*self.times[1:], time.monotonic()], strict=True)
+        return max(after - before for before, after in pairs)
+
+
+class Receiver(Client):
+    """Receives in bulk."""
+
+    def __init__(self, cluster: Cluster, place: int) -> None:
+        """Receive from the queue."""
+        super().__init__(cluster, SUBSCRIBER, place)
+        self.seen: list[Delivery] = []
+
+    def ask(self, door: HTTPSConnection) -> str:
+        door.request("GET", f"/queues/{QUEUE}/messages?wait=1&max=100", headers=self.headers)
+        response = door.getresponse()
+        for line in response if response.status == 200 else ():
+            self.seen.append(read(json.loads(line)))
+        response.read()
+        return str(response.status)
+
+
+@dataclass
+class Load:
+    """Clients at every door, and what became of their messages."""
+
+    senders: list[Sender]
+    receivers: list[Receiver]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def clients(self) -> list[Client]:
+        return [*self.senders, *self.receivers]
+
+    @property
+    def stall(self) -> float:
+        return max(sender.stall() for sender in self.senders)
+
+    def told(self) -> str:
+        """Return what happened, in a line."""
+        answers = sum((client.answers for client in self.senders), Counter())
+        received = sum((client.answers for client in self.receivers), Counter())
+        return f"stall {self.stall:.1f} s, sent {dict(answers)}, received {dict(received)}"
+
+
+@contextmanager
+def load(cluster: Cluster, what: str) -> Iterator[Load]:
+    """Send and receive at every door meanwhile; every confirmed message arrives, in order."""
+    senders = [Sender(cluster, place, f"c{place}") for place in range(6)]
+    clients = Load(senders, [Receiver(cluster, place) for place in range(3)])
+    for client in clients.clients:
+        client.start()
+    time.sleep(3)
+    try:
+        yield clients
+        time.sleep(3)
+    finally:
+        for sender in senders:
+            sender.over.set()
+        for sender in senders:
+            sender.join(2 * PATIENCE)
+        print(f"\n{what}: {clients.told()}")
+        eventually(lambda: empty(cluster), 60, "all is received")
+        for receiver in clients.receivers:
+            receiver.over.set()
+        for receiver in clients.receivers:
+            receiver.join(2 * PATIENCE)
+    confirmed = {message for sender in senders for message in sender.confirmed}
+    tried = {Message(one.named, number) for one in senders for number in range(one.tried)}
+    assert len(confirmed) > 100
+    assert check(confirmed, tried, [receiver.seen for receiver in clients.receivers]) == []
+
+
+def empty(cluster: Cluster) -> bool:
+    """Return whether the broker counts no message; its count is up to ten seconds old."""
+    for _ in range(2):
+        told = cluster.first.api(f"/queues/%2F/{QUEUE}?columns=messages")
+        if told.status != 200 or told.json.get("messages") != 0:
+            return False
+        time.sleep(6)
+    return True
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    hosts = {}
+    for name in HOSTS:
+        told = variables(name)
+        host = Guarded(testinfra.get_host(f"docker://{told['ansible_host']}"), told)
+        host.run("echo %s > %s", (host.secrets / "tls_ca.pem").read_text(), CA)
+        hosts[name] = host
+    return Cluster(hosts)
+
+
+@pytest.fixture(autouse=True)
+def _whole(cluster: Cluster) -> None:
+    cluster.wait_until_whole()
+
+
+def test_a_message_that_came_in_at_one_host_goes_out_at_another(cluster: Cluster) -> None:
+    for place, name in enumerate(HOSTS):
+        sent = cluster.hosts[name].http(PUBLISHER, "/data", "--data", f"message=by {name}")
+        assert sent.status == 201, sent.text
+        other = cluster.hosts[HOSTS[(place + 1) % 3]].http(SUBSCRIBER, "/receive")
+        assert (other.status, other.text) == (200, f"by {name}\n")
+
+
+def test_every_queue_has_a_member_on_each_host(cluster: Cluster) -> None:
+    told = cluster.first.api("/queues?columns=name,type,members").json
+    assert {queue["type"] for queue in told} == {"quorum"}
+    assert {len(queue["members"]) for queue in told} == {3}
+
+
+def test_a_second_run_changes_nothing(cluster: Cluster) -> None:
+    done = cluster.first.playbook("site")
+    for name in HOSTS:
+        assert re.search(rf"{name} +: ok=\d+ +changed=0 ", done.stdout), done.stdout[-3000:]
+
+
+def test_the_host_of_the_leader_is_killed(cluster: Cluster) -> None:
+    leader = cluster.leader()
+    with load(cluster, f"{leader}, which leads, killed") as clients:
+        outside("kill", cluster.machine(leader))
+        time.sleep(15)
+        outside("start", cluster.machine(leader))
+        assert clients.stall <= 5
+        cluster.wait_until_whole()
