@@ -986,6 +986,19 @@ def test_a_host_on_which_a_quorum_queue_has_no_member_is_told(filters: Any) -> N
     assert filters["rabbitmq_without_members"](queues[:1], hosts, online=True) == ["h3"]
 
 
+def test_a_node_is_forgotten_only_when_it_is_gone_and_most_others_run(filters: Any) -> None:
+    def faults(running: str, *forget: str) -> str:
+        nodes = [{"name": f"rabbit@h{n}", "running": n in running} for n in "123"]
+        return " ".join(filters["rabbitmq_forget_faults"](nodes, forget, ["h1", "h3", "h4"]))
+
+    assert faults("13", "h2") == ""
+    assert faults("1", "h9") == ""
+    assert "h2 runs;" in faults("123", "h2")
+    assert "only 1 of 3 nodes run" in faults("1", "h2")
+    assert "h3 is in the inventory" in faults("12", "h3")
+    assert filters["rabbitmq_known"]([{"name": "rabbit@h2"}], ["h2", "h9"]) == ["h2"]
+
+
 def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
     hostvars = {name: {"stack_told_address": f"192.0.2.{name[1:]}"} for name in ("h1", "h2", "h3")}
     names = {

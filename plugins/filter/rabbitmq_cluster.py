@@ -24,6 +24,31 @@ def rabbitmq_without_members(
     return [host for host in hosts if any(_node(host) not in one for one in members)]
 
 
+def rabbitmq_known(nodes: Iterable[Mapping[str, Any]], hosts: Iterable[str]) -> list[str]:
+    """Return those of hosts that the cluster still knows."""
+    names = {str(node["name"]) for node in nodes}
+    return [host for host in hosts if _node(host) in names]
+
+
+def rabbitmq_forget_faults(
+    nodes: Sequence[Mapping[str, Any]], forget: Iterable[str], hosts: Sequence[str]
+) -> list[str]:
+    """Return why the nodes of forget cannot be forgotten, with the way out."""
+    known, running = rabbitmq_known(nodes, forget), {n["name"] for n in nodes if n.get("running")}
+    faults = [f"{name} is in the inventory; take it out." for name in forget if name in hosts]
+    faults += [
+        f"{name} runs; stop it for good (`docker rm --force` of its container), and run again."
+        for name in known
+        if _node(name) in running
+    ]
+    if known and 2 * len(running) <= len(nodes):
+        faults.append(
+            f"only {len(running)} of {len(nodes)} nodes run, and a change needs more than half of"
+            " them; start others first."
+        )
+    return faults
+
+
 def _node(host: str) -> str:
     return f"rabbit@{host}"
 
@@ -35,5 +60,7 @@ class FilterModule:
         """Return the filters by name."""
         return {
             "rabbitmq_apart": rabbitmq_apart,
+            "rabbitmq_forget_faults": rabbitmq_forget_faults,
+            "rabbitmq_known": rabbitmq_known,
             "rabbitmq_without_members": rabbitmq_without_members,
         }
