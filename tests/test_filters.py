@@ -979,6 +979,7 @@ def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
         {"name": "h3", "address": "192.0.2.3"}
     ]
     assert filters["stack_others"]({"h1": {}}, ["h1"], "h1") == []
+    assert filters["stack_others"]({"h1": {}}, ["h1", "h9"], "h1") == []
 
 
 NODES = ["h1", "h2", "h3"]
@@ -1052,8 +1053,11 @@ def test_hosts_that_fit_are_one_cluster(filters: Any) -> None:
         ({"address": "192.0.2.9"}, "stack_cluster_address of h2 is 192.0.2.9; of its own IPv4"),
         ({"address": ""}, "stack_cluster_address of h2 is empty; of its own IPv4 addresses, [192"),
         ({"address": "127.0.0.1"}, "[192.0.2.2, 172.17.0.1], write the one at which the other"),
-        ({"binds": {"a_bind": "127.0.0.1"}}, "a_bind of h2 is 127.0.0.1, which the other hosts do"),
-        ({"tls": False}, "stack_tls of h2 is off"),
+        (
+            {"binds": {"stack_bind_address": "127.0.0.1"}},
+            "stack_bind_address is 127.0.0.1 on h2, where the other",
+        ),
+        ({"tls": False}, "stack_tls is off on h2, and"),
         ({"node": "h1"}, "rabbitmq_host_name is h1 on h1 and h2; each host has its own"),
         (
             {"same": {"stack_name": "mq", "apps_publisher_port": 5000}},
@@ -1067,8 +1071,8 @@ def test_hosts_that_fit_are_one_cluster(filters: Any) -> None:
             {"version": "4.2.1"},
             "The data of h1 and h3 are RabbitMQ 4.0.5's, those of h2 4.2.1's, more than one series",
         ),
-        ({"given": {"rabbitmq_cookie": "B"}}, "rabbitmq_cookie of h1 and h3 from that of h2 diff"),
-        ({"given": {"stack_admin_password": "B"}}, "stack_admin_password of h1 and h3 from that"),
+        ({"given": {"rabbitmq_cookie": "B"}}, "rabbitmq_cookie of h1 and h3 differs from that of"),
+        ({"given": {"stack_admin_password": "B"}}, "stack_admin_password of h1 and h3 differs"),
     ],
 )
 def test_hosts_that_do_not_fit_are_named(filters: Any, second: Any, words: str) -> None:

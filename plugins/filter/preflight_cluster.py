@@ -8,7 +8,9 @@ version (of RabbitMQ, that opened the data last; empty where there are none).
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations, permutations
+from functools import reduce
+from itertools import chain, combinations, permutations
+from operator import getitem
 from typing import Any
 
 Host = Mapping[str, Any]
@@ -61,7 +63,7 @@ def preflight_node_faults(
             f"{_and(absent)} {_is(absent)} in stack_nodes, and not part of this run: addresses, "
             "certificates and turns need all of them. Run without --limit, on hosts that answer."
         ]
-    lists = {name: _text(_told(hosts, name).get("nodes", [name])) for name in nodes}
+    lists = {name: _told(hosts, name).get("nodes", [name]) for name in nodes}
     return _differing("stack_nodes", lists)
 
 
@@ -90,44 +92,57 @@ def _list_faults(nodes: Sequence[str], host: str, known: Collection[str]) -> Ite
 
 def preflight_cluster_faults(hosts: Hosts, nodes: Sequence[str]) -> list[str]:
     """Return why the hosts of nodes cannot be one cluster by what they have told."""
-    told = {name: _told(hosts, name) for name in nodes}
-    return [
-        *(fault for name in nodes for fault in _host_faults(name, told[name])),
-        *_twice("stack_cluster_address", {name: told[name]["address"] for name in nodes}),
-        *_twice("rabbitmq_host_name", {name: told[name]["node"] for name in nodes}),
-        *(
-            fault
-            for variable in told[nodes[0]]["same"]
-            for fault in _differing(variable, {n: _text(told[n]["same"][variable]) for n in nodes})
-        ),
-        *_secret_faults({name: hosts[name] for name in nodes}),
-        *_version_faults({name: told[name]["version"] for name in nodes}),
+
+    def told(*path: str) -> dict[str, Any]:
+        """Return, by the hosts' names, what they have told under path."""
+        return {name: reduce(getitem, path, _told(hosts, name)) for name in nodes}
+
+    first, addresses = _told(hosts, nodes[0]), told("address")
+    faults = [
+        _address_faults(addresses, told("addresses")),
+        _twice("stack_cluster_address", addresses),
+        *(_bind_faults(name, told("binds", name), addresses) for name in first["binds"]),
+        _tls_faults(told("tls")),
+        _twice("rabbitmq_host_name", told("node")),
+        *(_differing(name, told("same", name)) for name in first["same"]),
+        _secret_faults({name: hosts[name] for name in nodes}),
+        _version_faults(told("version")),
     ]
+    return [*chain.from_iterable(faults)]
 
 
-def _told(hosts: Hosts, name: str) -> Mapping[str, Any]:
+def _told(hosts: Hosts, name: str) -> Any:
     """Return what the host name has told; nothing where it forms no cluster."""
-    found: Mapping[str, Any] = hosts[name].get("__preflight_told", {})
-    return found
+    return hosts[name].get("__preflight_told", {})
 
 
-def _host_faults(name: str, told: Mapping[str, Any]) -> Iterator[str]:
-    address = told["address"]
-    if address not in told["addresses"]:
-        yield (
-            f"stack_cluster_address of {name} is {address or 'empty'}; of its own IPv4 addresses, "
-            f"{_text(told['addresses'])}, write the one at which the other hosts reach it."
-        )
-    for variable, bind in told["binds"].items():
-        if bind not in ("0.0.0.0", address):
+def _address_faults(addresses: Mapping[str, str], own: Mapping[str, list[str]]) -> Iterator[str]:
+    for name, address in addresses.items():
+        if address not in own[name]:
             yield (
-                f"{variable} of {name} is {bind}, which the other hosts do not reach; set it to "
-                f"0.0.0.0 or to the host's stack_cluster_address, {address}."
+                f"stack_cluster_address of {name} is {address or 'empty'}; of its own IPv4 "
+                f"addresses, {_text(own[name])}, write the one at which the other hosts reach it."
             )
-    if not told["tls"]:
+
+
+def _bind_faults(
+    variable: str, binds: Mapping[str, str], addresses: Mapping[str, str]
+) -> Iterator[str]:
+    for bind, names in _by_value(binds).items():
+        closed = [name for name in names if bind not in ("0.0.0.0", addresses[name])]
+        if closed:
+            yield (
+                f"{variable} is {bind} on {_and(closed)}, where the other hosts do not reach it; "
+                "set it to 0.0.0.0, or to each host's stack_cluster_address."
+            )
+
+
+def _tls_faults(tls: Mapping[str, bool]) -> Iterator[str]:
+    without = [name for name, on in tls.items() if not on]
+    if without:
         yield (
-            f"stack_tls of {name} is off, and a cluster's hosts speak TLS to each other; set it to "
-            "own (docs/security.md)."
+            f"stack_tls is off on {_and(without)}, and the hosts of a cluster speak TLS to each "
+            "other; set it to own (docs/security.md)."
         )
 
 
@@ -137,8 +152,8 @@ def _twice(variable: str, values: Mapping[str, str]) -> Iterator[str]:
             yield f"{variable} is {value} on {_and(names)}; each host has its own."
 
 
-def _differing(variable: str, values: Mapping[str, str]) -> list[str]:
-    groups = _by_value(values)
+def _differing(variable: str, values: Mapping[str, object]) -> list[str]:
+    groups = _by_value({name: _text(value) for name, value in values.items()})
     if len(groups) == 1:
         return []
     shown = ", ".join(f"{value} on {_and(names)}" for value, names in groups.items())
@@ -150,8 +165,8 @@ def _secret_faults(hosts: Hosts) -> Iterator[str]:
     for name in sorted(names):
         groups = _by_value({host: str(values.get(name, "")) for host, values in hosts.items()})
         if len(groups) > 1:
-            shown = " from that of ".join(map(_and, groups.values()))
-            yield f"{name} of {shown} differs; write the same for all hosts of the cluster."
+            shown = " differs from that of ".join(map(_and, groups.values()))
+            yield f"{name} of {shown}; write the same for all hosts of the cluster."
 
 
 def _version_faults(versions: Mapping[str, str]) -> Iterator[str]:
