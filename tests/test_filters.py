@@ -985,12 +985,22 @@ def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
 NODES = ["h1", "h2", "h3"]
 
 
-def node_faults(filters: Any, nodes: list[str], **options: Any) -> str:
+def told(**more: Any) -> dict[str, Any]:
+    """Return what a host without an address of its own and without data tells."""
+    common = {"nodes": NODES, "address": "", "addresses": [""], "binds": {}, "tls": True}
+    return {"__preflight_told": common | {"node": "", "same": {}, "version": ""} | more}
+
+
+def faults_of(filters: Any, nodes: list[str] = NODES, **options: Any) -> list[str]:
     """Return what is said of nodes by h1, where all three have that list unless hosts say more."""
-    hosts = {name: {"__preflight_told": {"nodes": nodes}} for name in NODES}
+    hosts = {name: told(nodes=nodes) for name in NODES}
     given = {"hosts": hosts, "host": "h1", "known": [*NODES, "h4", "h_5"], "running": NODES}
-    found: list[str] = filters["preflight_node_faults"](nodes=nodes, **given | options)
-    return " ".join(found)
+    found: list[str] = filters["preflight_cluster_faults"](nodes=nodes, **given | options)
+    return found
+
+
+def node_faults(filters: Any, nodes: list[str], **options: Any) -> str:
+    return " ".join(faults_of(filters, nodes, **options))
 
 
 def test_a_cluster_is_a_list_of_hosts_that_all_run(filters: Any) -> None:
@@ -1006,35 +1016,30 @@ def test_a_cluster_is_a_list_of_hosts_that_all_run(filters: Any) -> None:
     absent = node_faults(filters, NODES, running=["h1"])
     assert absent.startswith("h2 and h3 are in stack_nodes, and not part of this run")
     assert "without --limit" in absent
-    told = {"h1": {"__preflight_told": {"nodes": NODES}}, "h2": {}, "h3": {}}
-    assert node_faults(filters, NODES, hosts=told).startswith(
+    alone = {"h1": told(), "h2": {}, "h3": {}}
+    assert node_faults(filters, NODES, hosts=alone).startswith(
         "stack_nodes is [h1, h2, h3] on h1, [h2] on h2, [h3] on h3; write the same"
     )
 
 
 def cluster_faults(filters: Any, **second: Any) -> list[str]:
-    """Return what is said of three hosts, of which h2 tells second and has given what is GIVEN."""
+    """Return what is said of three hosts, of which h2 tells second and was given `given`."""
     given = second.pop("given", {})
     hosts: dict[str, Any] = {
-        name: {
-            "rabbitmq_cookie": "A",
-            "__preflight_told": {
-                "nodes": NODES,
-                "address": f"192.0.2.{name[1:]}",
-                "addresses": [f"192.0.2.{name[1:]}", "172.17.0.1"],
-                "binds": {"stack_bind_address": "0.0.0.0"},
-                "tls": True,
-                "node": name,
-                "same": {"stack_name": "broker", "apps_publisher_port": 5000},
-                "version": "4.0.5",
-            },
-        }
+        name: told(
+            address=f"192.0.2.{name[1:]}",
+            addresses=[f"192.0.2.{name[1:]}", "172.17.0.1"],
+            binds={"stack_bind_address": "0.0.0.0"},
+            node=name,
+            same={"stack_name": "broker", "apps_publisher_port": 5000},
+            version="4.0.5",
+        )
+        | {"rabbitmq_cookie": "A"}
         for name in NODES
     }
     hosts["h2"] |= given
     hosts["h2"]["__preflight_told"] |= second
-    found: list[str] = filters["preflight_cluster_faults"](hosts, NODES)
-    return found
+    return faults_of(filters, hosts=hosts)
 
 
 def test_hosts_that_fit_are_one_cluster(filters: Any) -> None:
@@ -1100,17 +1105,8 @@ def test_two_hosts_with_one_address_are_named(filters: Any) -> None:
 def test_neighbours_in_the_order_of_upgrades_fit(
     filters: Any, one: str, other: str, fit: bool
 ) -> None:
-    told = {"h1": one, "h2": other, "h3": ""}
-    hosts = {
-        name: {
-            "__preflight_told": {"address": "a", "addresses": ["a"], "binds": {}, "tls": True}
-            | {"node": "", "same": {}, "version": version}
-        }
-        for name, version in told.items()
-    }
-    faults = filters["preflight_cluster_faults"](hosts, NODES)
-    assert [fault for fault in faults if "RabbitMQ" in fault] == faults[1:]
-    assert (faults[1:] == []) is fit
+    hosts = {"h1": told(version=one), "h2": told(version=other), "h3": told()}
+    assert (faults_of(filters, hosts=hosts) == []) is fit
 
 
 def test_a_version_counts_where_there_are_data(filters: Any) -> None:

@@ -9,7 +9,7 @@ version (of RabbitMQ, that opened the data last; empty where there are none).
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
-from itertools import chain, combinations, permutations
+from itertools import combinations, permutations
 from operator import getitem
 from typing import Any
 
@@ -47,27 +47,29 @@ def preflight_version(host: Host, stack: str) -> str:
     return str(record).partition(" ")[0] if f"{stack}-rabbitmq" in volumes else ""
 
 
-def preflight_node_faults(
+def preflight_cluster_faults(
     hosts: Hosts, nodes: Sequence[str], host: str, known: Collection[str], running: Collection[str]
 ) -> list[str]:
-    """Return what is wrong with nodes, the list of the cluster's hosts, as host has it.
+    """Return why the hosts of nodes, which host has as stack_nodes, cannot be one cluster.
 
     hosts are Ansible's hostvars, known all hosts of the inventory, and running those of this run.
     """
-    faults = list(_list_faults(nodes, host, known))
+    faults = list(_list_faults(nodes, host, known, running))
     if faults:
         return faults
-    absent = [name for name in nodes if name not in running]
-    if absent:
-        return [
-            f"{_and(absent)} {_is(absent)} in stack_nodes, and not part of this run: addresses, "
-            "certificates and turns need all of them. Run without --limit, on hosts that answer."
-        ]
-    lists = {name: _told(hosts, name).get("nodes", [name]) for name in nodes}
-    return _differing("stack_nodes", lists)
+    # Hostvars are put together at each access.
+    named = {name: hosts[name] for name in nodes}
+    # Who has told nothing is a cluster of its own.
+    told = {name: one.get("__preflight_told", {"nodes": [name]}) for name, one in named.items()}
+    return _differing("stack_nodes", {name: one["nodes"] for name, one in told.items()}) or [
+        *_told_faults(told),
+        *_secret_faults(named),
+    ]
 
 
-def _list_faults(nodes: Sequence[str], host: str, known: Collection[str]) -> Iterator[str]:
+def _list_faults(
+    nodes: Sequence[str], host: str, known: Collection[str], running: Collection[str]
+) -> Iterator[str]:
     if len(nodes) not in SIZES:
         yield (
             f"stack_nodes has {len(nodes)} hosts, {_text(nodes)}; use 1, 3 or 5, so that a "
@@ -88,32 +90,29 @@ def _list_faults(nodes: Sequence[str], host: str, known: Collection[str]) -> Ite
             f"stack_nodes of {host} is {_text(nodes)}, without {host} itself; add it, or set "
             f"stack_nodes to [{host}] for a stack of its own."
         )
+    absent = [name for name in nodes if name in known and name not in running]
+    if absent:
+        yield (
+            f"{_and(absent)} {_is(absent)} in stack_nodes, and not part of this run: addresses, "
+            "certificates and turns need all of them. Run without --limit, on hosts that answer."
+        )
 
 
-def preflight_cluster_faults(hosts: Hosts, nodes: Sequence[str]) -> list[str]:
-    """Return why the hosts of nodes cannot be one cluster by what they have told."""
-
-    def told(*path: str) -> dict[str, Any]:
+def _told_faults(told: Hosts) -> Iterator[str]:
+    def all_of(*path: str) -> dict[str, Any]:
         """Return, by the hosts' names, what they have told under path."""
-        return {name: reduce(getitem, path, _told(hosts, name)) for name in nodes}
+        return {name: reduce(getitem, path, one) for name, one in told.items()}
 
-    first, addresses = _told(hosts, nodes[0]), told("address")
-    faults = [
-        _address_faults(addresses, told("addresses")),
-        _twice("stack_cluster_address", addresses),
-        *(_bind_faults(name, told("binds", name), addresses) for name in first["binds"]),
-        _tls_faults(told("tls")),
-        _twice("rabbitmq_host_name", told("node")),
-        *(_differing(name, told("same", name)) for name in first["same"]),
-        _secret_faults({name: hosts[name] for name in nodes}),
-        _version_faults(told("version")),
-    ]
-    return [*chain.from_iterable(faults)]
-
-
-def _told(hosts: Hosts, name: str) -> Any:
-    """Return what the host name has told; nothing where it forms no cluster."""
-    return hosts[name].get("__preflight_told", {})
+    first, addresses = next(iter(told.values())), all_of("address")
+    yield from _address_faults(addresses, all_of("addresses"))
+    yield from _twice("stack_cluster_address", addresses)
+    for name in first["binds"]:
+        yield from _bind_faults(name, all_of("binds", name), addresses)
+    yield from _tls_faults(all_of("tls"))
+    yield from _twice("rabbitmq_host_name", all_of("node"))
+    for name in first["same"]:
+        yield from _differing(name, all_of("same", name))
+    yield from _version_faults(all_of("version"))
 
 
 def _address_faults(addresses: Mapping[str, str], own: Mapping[str, list[str]]) -> Iterator[str]:
@@ -275,7 +274,6 @@ class FilterModule:
         return {
             "preflight_crossing": preflight_crossing,
             "preflight_version": preflight_version,
-            "preflight_node_faults": preflight_node_faults,
             "preflight_cluster_faults": preflight_cluster_faults,
             "preflight_clock_faults": preflight_clock_faults,
             "preflight_silent": preflight_silent,
