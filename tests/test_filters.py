@@ -1100,6 +1100,7 @@ def test_two_hosts_with_one_address_are_named(filters: Any) -> None:
         ("3.13.7", "4.1.0", False),
         # Not the text counts: 4.9 comes before 4.10.
         ("4.10.0", "4.9.1", True),
+        ("4.11.0", "4.9.1", False),
     ],
 )
 def test_neighbours_in_the_order_of_upgrades_fit(

@@ -81,6 +81,17 @@ def test_a_port_that_something_holds_is_left_to_that(free_port: Callable[[], int
         assert unreached(held, port) == [(HERE, port, "refused")]
 
 
+def test_a_port_that_was_held_a_moment_ago_is_free() -> None:
+    with socket.create_server((HERE, 0)) as holder:
+        port = holder.getsockname()[1]
+        with socket.create_connection((HERE, port)):
+            # Who closes first keeps the port in the state TIME_WAIT for a minute.
+            holder.accept()[0].close()
+    listener = ask("ports_listen", address=HERE, ports=[port])["listener"]
+    assert unreached(port) == []
+    ask("ports_listen", end=listener)
+
+
 def test_an_address_of_another_host_is_refused() -> None:
     told = ask("ports_listen", address="192.0.2.1", ports=[4369])
     assert told["failed"]
