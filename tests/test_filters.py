@@ -1011,6 +1011,203 @@ def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
         {"name": "h3", "address": "192.0.2.3"}
     ]
     assert filters["stack_others"]({"h1": {}}, ["h1"], "h1") == []
+    assert filters["stack_others"]({"h1": {}}, ["h1", "h9"], "h1") == []
+
+
+NODES = ["h1", "h2", "h3"]
+
+
+def told(**more: Any) -> dict[str, Any]:
+    """Return what a host without an address of its own and without data tells."""
+    common = {"nodes": NODES, "address": "", "addresses": [""], "binds": {}, "tls": True}
+    return {"__preflight_told": common | {"node": "", "same": {}, "version": ""} | more}
+
+
+def faults_of(filters: Any, nodes: list[str] = NODES, **options: Any) -> list[str]:
+    """Return what is said of nodes by h1, where all three have that list unless hosts say more."""
+    hosts = {name: told(nodes=nodes) for name in NODES}
+    given = {"hosts": hosts, "host": "h1", "known": [*NODES, "h4", "h_5"], "running": NODES}
+    found: list[str] = filters["preflight_cluster_faults"](nodes=nodes, **given | options)
+    return found
+
+
+def node_faults(filters: Any, nodes: list[str], **options: Any) -> str:
+    return " ".join(faults_of(filters, nodes, **options))
+
+
+def test_a_cluster_is_a_list_of_hosts_that_all_run(filters: Any) -> None:
+    assert node_faults(filters, NODES) == ""
+    even = node_faults(filters, ["h1", "h2"])
+    assert even.startswith("stack_nodes has 2 hosts, [h1, h2]; use 1, 3 or 5")
+    assert "7 hosts" in node_faults(filters, [*NODES, "h4", "h_5", "h6", "h7"])
+    assert "stack_nodes has h2 twice" in node_faults(filters, ["h1", "h2", "h2"])
+    assert "has h9, which is no host of the inventory" in node_faults(filters, ["h1", "h2", "h9"])
+    assert "has h_5; the hosts reach" in node_faults(filters, ["h1", "h2", "h_5"])
+    without = node_faults(filters, NODES, host="h4")
+    assert "stack_nodes of h4 is [h1, h2, h3], without h4 itself" in without
+    absent = node_faults(filters, NODES, running=["h1"])
+    assert absent.startswith("h2 and h3 are in stack_nodes, and not part of this run")
+    assert "without --limit" in absent
+    alone = {"h1": told(), "h2": {}, "h3": {}}
+    assert node_faults(filters, NODES, hosts=alone).startswith(
+        "stack_nodes is [h1, h2, h3] on h1, [h2] on h2, [h3] on h3; write the same"
+    )
+
+
+def cluster_faults(filters: Any, **second: Any) -> list[str]:
+    """Return what is said of three hosts, of which h2 tells second and was given `given`."""
+    given = second.pop("given", {})
+    hosts: dict[str, Any] = {
+        name: told(
+            address=f"192.0.2.{name[1:]}",
+            addresses=[f"192.0.2.{name[1:]}", "172.17.0.1"],
+            binds={"stack_bind_address": "0.0.0.0"},
+            node=name,
+            same={"stack_name": "broker", "apps_publisher_port": 5000},
+            version="4.0.5",
+        )
+        | {"rabbitmq_cookie": "A"}
+        for name in NODES
+    }
+    hosts["h2"] |= given
+    hosts["h2"]["__preflight_told"] |= second
+    return faults_of(filters, hosts=hosts)
+
+
+def test_hosts_that_fit_are_one_cluster(filters: Any) -> None:
+    assert cluster_faults(filters) == []
+    assert cluster_faults(filters, binds={"stack_bind_address": "192.0.2.2"}) == []
+    assert cluster_faults(filters, version="4.1.0") == []
+    # No data yet.
+    assert cluster_faults(filters, version="") == []
+    # What the play does not know.
+    assert cluster_faults(filters, node="") == []
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"address": "192.0.2.9"}, "stack_cluster_address of h2 is 192.0.2.9; of its own IPv4"),
+        ({"address": ""}, "stack_cluster_address of h2 is empty; of its own IPv4 addresses, [192"),
+        ({"address": "127.0.0.1"}, "[192.0.2.2, 172.17.0.1], write the one at which the other"),
+        (
+            {"binds": {"stack_bind_address": "127.0.0.1"}},
+            "stack_bind_address is 127.0.0.1 on h2, where the other",
+        ),
+        ({"tls": False}, "stack_tls is off on h2, and"),
+        ({"node": "h1"}, "rabbitmq_host_name is h1 on h1 and h2; each host has its own"),
+        (
+            {"same": {"stack_name": "mq", "apps_publisher_port": 5000}},
+            "stack_name is broker on h1 and h3, mq on h2; write the same",
+        ),
+        (
+            {"same": {"stack_name": "broker", "apps_publisher_port": 8080}},
+            "apps_publisher_port is 5000 on h1 and h3, 8080 on h2",
+        ),
+        (
+            {"version": "4.2.1"},
+            "The data of h1 and h3 are RabbitMQ 4.0.5's, those of h2 4.2.1's, more than one series",
+        ),
+        ({"given": {"rabbitmq_cookie": "B"}}, "rabbitmq_cookie of h1 and h3 differs from that of"),
+        ({"given": {"stack_admin_password": "B"}}, "stack_admin_password of h1 and h3 differs"),
+    ],
+)
+def test_hosts_that_do_not_fit_are_named(filters: Any, second: Any, words: str) -> None:
+    [fault] = cluster_faults(filters, **second)
+    assert words in fault
+
+
+def test_two_hosts_with_one_address_are_named(filters: Any) -> None:
+    faults = cluster_faults(filters, address="192.0.2.1", addresses=["192.0.2.1"])
+    assert faults == ["stack_cluster_address is 192.0.2.1 on h1 and h2; each host has its own."]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fit"),
+    [
+        ("4.2.0", "4.3.6", True),
+        ("4.1.0", "4.3.6", False),
+        ("3.13.7", "4.0.5", True),
+        ("3.12.0", "4.0.5", False),
+        ("3.13.7", "4.1.0", False),
+        # Not the text counts: 4.9 comes before 4.10.
+        ("4.10.0", "4.9.1", True),
+        ("4.11.0", "4.9.1", False),
+    ],
+)
+def test_neighbours_in_the_order_of_upgrades_fit(
+    filters: Any, one: str, other: str, fit: bool
+) -> None:
+    hosts = {"h1": told(version=one), "h2": told(version=other), "h3": told()}
+    assert (faults_of(filters, hosts=hosts) == []) is fit
+
+
+def test_a_version_counts_where_there_are_data(filters: Any) -> None:
+    host = {
+        "volumes": [{"Name": "a-rabbitmq"}],
+        "records": {"rabbitmq.version": "4.0.5 rabbit@h i"},
+    }
+    assert filters["preflight_version"](host, "a") == "4.0.5"
+    assert filters["preflight_version"](host, "b") == ""
+    assert filters["preflight_version"]({"volumes": host["volumes"], "records": {}}, "a") == ""
+
+
+def test_what_a_question_takes_is_no_difference_of_clocks(filters: Any) -> None:
+    def faults(*ahead: float) -> list[str]:
+        # Each was asked at 1000; h2's answer took 4 s, and all were there at 1006.
+        times = zip(NODES, ahead, (0.5, 4.0, 0.5), strict=True)
+        answers = {
+            name: {"asked": 1000.0, "began": 1000 + late + by, "ended": 1000.1 + late + by}
+            for name, by, late in times
+        }
+        hosts = {name: {"__preflight_first": answer} for name, answer in answers.items()}
+        found: list[str] = filters["preflight_clock_faults"](hosts, NODES, 1006.0)
+        return found
+
+    assert faults(0, 0, 0) == []
+    assert faults(0, 2, -2) == []
+    assert [fault[:50] for fault in faults(0, 30, 0)] == [
+        "The clock of h2 is 27 s or more ahead of h1's, and",
+        "The clock of h2 is 27 s or more ahead of h3's, and",
+    ]
+    assert "The clock of h1 is 20 s or more ahead of h2's" in faults(0, -30, 0)[0]
+
+
+def test_ports_that_others_need_are_those_at_open_addresses(filters: Any) -> None:
+    addresses = {"a": "stack_bind_address", "b": "stack_loopback", "c": "stack_cluster_address"}
+    addresses |= {"d": "rabbitmq_management_bind_address", "e": "monitoring_bind_address"}
+    ports = {"a": 5000, "b": 24224, "c": "4369", "d": 15672, "e": ""}
+    assert filters["preflight_crossing"](ports, addresses) == [4369, 5000]
+
+
+def test_a_host_listens_where_it_refused_others(filters: Any) -> None:
+    def found(*answers: tuple[str, int, str]) -> dict[str, Any]:
+        keys = ("address", "port", "why")
+        unreached = [dict(zip(keys, answer, strict=True)) for answer in answers]
+        return {"__preflight_first": {"unreached": unreached}}
+
+    hosts = {
+        "h1": found(("b", 4369, "refused")) | {"stack_told_address": "a"},
+        "h2": found(("a", 5000, "refused"), ("a", 4369, "refused"), ("c", 1, "refused")),
+        "h3": found(("a", 4369, "refused"), ("a", 9090, "timed out")),
+    }
+    assert filters["preflight_silent"](hosts, NODES, "h1") == [4369, 5000]
+
+
+def test_what_a_host_does_not_reach_is_named(filters: Any) -> None:
+    others = [{"name": "h2", "address": "192.0.2.2"}, {"name": "h3", "address": "192.0.2.3"}]
+    ports = {"stack_epmd_port": 4369, "apps_publisher_port": "5000", "unused_port": ""}
+    unreached = [
+        {"address": "192.0.2.2", "port": 4369, "why": "timed out"},
+        {"address": "192.0.2.2", "port": 5000, "why": "timed out"},
+        {"address": "192.0.2.3", "port": 4369, "why": "refused"},
+    ]
+    first, second = filters["preflight_unreached"](unreached, others, ports, "h1")
+    assert first.startswith(
+        "h1 does not reach h2 at 192.0.2.2 (timed out) on 4369 (stack_epmd_port) and 5000 (apps_pub"
+    )
+    assert second.startswith("h1 does not reach h3 at 192.0.2.3 (refused) on 4369 (stack_epmd_p")
+    assert filters["preflight_unreached"]([], others, ports, "h1") == []
 
 
 def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:

@@ -21,10 +21,12 @@ def stack_others(
     """Return name and address of the hosts of nodes but host, from the one after it on.
 
     Each host's preflight tells its address in the fact stack_told_address; a host that has told
-    none is left out.
+    none, or is none of the inventory, is left out.
     """
     place = nodes.index(host) if host in nodes else 0
-    others = [name for name in (*nodes[place:], *nodes[:place]) if name != host]
+    others = [
+        name for name in (*nodes[place:], *nodes[:place]) if name != host and name in hostvars
+    ]
     told = {name: hostvars[name].get("stack_told_address", "") for name in others}
     return [{"name": name, "address": address} for name, address in told.items() if address]
 
