@@ -57,7 +57,7 @@ def make(
 ) -> Iterator[Make]:
     """Return a function that starts a link to the brokers, in a hurry to move back."""
     monkeypatch.setattr("door.amqp.PROBE", (0.02, 0.04))
-    monkeypatch.setattr("door.amqp.TRIAL", (0.2, 0.3))
+    monkeypatch.setattr("door.amqp.TRIAL", (0.3, 0.4))
     monkeypatch.setattr("door.amqp.DRAIN", 0.1)
     monkeypatch.setattr("door.amqp.LOOK", 0.1)
     links = []
@@ -183,14 +183,15 @@ def test_a_broker_that_closes_the_channel_is_left(make: Make, brokers: list[Smal
 def test_the_door_returns_to_its_own_broker_once_that_lasts(
     make: Make, brokers: list[SmallBroker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("door.amqp.SETTLE", 0.3)
     brokers[0].end()
     link = make()
+    monkeypatch.setattr("door.amqp.SETTLE", 0.3)
+    monkeypatch.setattr("door.amqp.TRIAL", (0.5, 0.6))
     eventually(lambda: at(link, brokers[1]))
     brokers[0].begin()
     since = time.monotonic()
     eventually(lambda: at(link, brokers[0]))
-    assert time.monotonic() - since > 0.2
+    assert time.monotonic() - since > 0.3
     assert broker_own()._value.get() == 1
     # What was acknowledged a moment ago is still taken; then there is a good-bye.
     assert brokers[1].told(ConnectionMethods.Close) == 0
@@ -227,7 +228,7 @@ def test_a_broker_that_is_silent_again_is_not_returned_to(
     brokers[0].begin()
     eventually(lambda: brokers[0].told(ChannelMethods.Open) == 1)
     brokers[0].awake.clear()
-    gevent.sleep(0.6)
+    gevent.sleep(0.8)
     assert at(link, brokers[1])
     brokers[0].awake.set()
     eventually(lambda: at(link, brokers[0]))
@@ -264,7 +265,7 @@ def test_a_broker_that_served_nobody_must_last_longer_the_next_time(
         waits.append(time.monotonic() - since)
     assert waits[0] > 0.4
     assert waits[1] > 0.8
-    assert waits[2] < 0.4
+    assert waits[2] < min(waits[:2])
 
 
 def test_a_stopped_door_says_good_bye_to_both_brokers(

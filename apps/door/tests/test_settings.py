@@ -46,8 +46,20 @@ def test_the_own_broker_is_alone_until_others_are_named(ca_file: Path) -> None:
 
 @pytest.mark.parametrize(
     "others",
-    ["", "h2", "h2:", ":1", "h2:0", "h2:65536", "h2:1,", "h2:1, h3:1", "h2:x", "2001::1:1"]
-    + ["amqps://h2:1", "h2:1,h2:1"],
+    [
+        "",
+        "h2",
+        "h2:",
+        ":1",
+        "h2:0",
+        "h2:65536",
+        "h2:1,",
+        "h2:1, h3:1",
+        "h2:x",
+        "2001::1:1",
+        "amqps://h2:1",
+        "h2:1,h2:1",
+    ],
 )
 def test_bad_brokers_stop_the_start_by_name(ca_file: Path, others: str) -> None:
     env = {**LOGIN, "RABBITMQ_OTHERS": others, "CA_FILE": str(ca_file)}
