@@ -88,8 +88,8 @@ def test_a_channel_that_the_old_connection_opens_late_is_not_used(
     rabbit.publish(b"a", queue="pasta")
     request = ask(pasta)  # whose channel is on its way
     broker.move(home[1])
-    wire.answer()
     home[0].answer()
+    wire.answer()
     assert [one.body for one in request.get(timeout=2)] == [b"a"]
     assert pasta.channel is not None
     assert pasta.channel.connection is home[1].connection
