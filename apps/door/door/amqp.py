@@ -1,5 +1,5 @@
 # mypy: disable-error-code=no-untyped-call
-"""pika: what is replaced in it, and Link, one connection to the broker that is renewed.
+"""pika: what is replaced in it, and Link, the connection to a broker, which is renewed.
 
 No other module imports pika: the others take from here what they need of it, so that a move to
 another version changes this file alone. tests/test_amqp.py fails when a version no longer calls
@@ -7,23 +7,25 @@ what is replaced here.
 """
 
 import logging
+import ssl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from random import uniform
 from struct import calcsize, pack, unpack_from
 from typing import Any
 
 import gevent
 import pika.data
-from gevent.event import AsyncResult
-from pika import ConnectionParameters, PlainCredentials
+from gevent.event import AsyncResult, Event
+from pika import ConnectionParameters, PlainCredentials, SSLOptions
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel
 from pika.exceptions import AMQPError, ChannelClosedByBroker
 from pika.frame import Method
 from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
-from door.metrics import BROKER_UP
+from door.metrics import BROKER_UP, broker_own
 from door.settings import BrokerSettings
 
 __all__ = [
@@ -44,6 +46,18 @@ logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 # Seconds between two attempts to connect: doubled from the first to the last.
 FIRST_RETRY, LAST_RETRY = 0.2, 2.0
+# Where there are several brokers. Seconds between two looks whether the one in use is silent.
+LOOK = 1.0
+# Seconds, at random between two numbers so that doors do not come all at once: between two looks
+# whether the own host's broker is back; and for which it must have answered then. Those are
+# doubled, up to MOST_PATIENCE times, for one that served nobody the last time.
+PROBE, TRIAL, MOST_PATIENCE = (5.0, 15.0), (10.0, 20.0), 16
+# Seconds that new requests may have to wait while those under way end, before a move to it.
+DRAIN = 1.0
+# Seconds a connection stays open after the last acknowledgement. A quorum queue takes them behind
+# the channel's back: closing at once left 267 of 300 acknowledged messages in the queue, a second
+# left none. AMQP has no answer to an acknowledgement that could be waited for.
+SETTLE = 1.0
 
 # struct's formats of the floats in AMQP's headers.
 FLOATS = {b"f": ">f", b"d": ">d"}
@@ -132,11 +146,18 @@ class JoinedConnection(GeventConnection):
             self._parts.append(data)
 
 
-def parameters(broker: BrokerSettings, name: str) -> ConnectionParameters:
-    """Return pika's parameters for one attempt to connect, shown to operators as name."""
+def parameters(broker: BrokerSettings, name: str, place: int = 0) -> ConnectionParameters:
+    """Return pika's parameters for one attempt to connect, shown to operators as name.
+
+    place is the broker's in the list: beyond the first it is another host's, which must prove its
+    name. The file of the CAs is read each time, as they may be renewed.
+    """
+    host, port = broker.addresses[place]
+    tls = SSLOptions(ssl.create_default_context(cafile=broker.ca_file), host) if place else None
     return ConnectionParameters(
-        host=broker.host,
-        port=broker.port,
+        host=host,
+        port=port,
+        ssl_options=tls,
         credentials=PlainCredentials(broker.user, broker.password),
         heartbeat=broker.heartbeat,
         connection_attempts=1,
@@ -151,6 +172,10 @@ class Link:
 
     pika's callbacks run in gevent's hub and never block. A subclass sets the channel up in
     opened(), calls ready() with it, and forgets in lost() what the connection brought.
+
+    Where there are several brokers, the next of the list is tried at once when one cannot be used.
+    While that is another host's, the own host's is connected to as well. When that has lasted, and
+    pause() and idle say that nothing is lost by it, move() takes that connection for the old one.
     """
 
     def __init__(self, settings: BrokerSettings, name: str) -> None:
@@ -163,7 +188,20 @@ class Link:
         self._retry = FIRST_RETRY
         self._keeper: gevent.Greenlet | None = None
         self._stopping = False
-        self._logged = ""
+        # Requests that have a channel of their own.
+        self.borrowed = 0
+        # The broker that is used or tried, by its place in the list, and the connection to it.
+        self._place = 0
+        self._connection: JoinedConnection | None = None
+        self._ended = AsyncResult()
+        # When its channel could be used, by time.monotonic(); 0 when it never could.
+        self._since = 0.0
+        # How many brokers failed one after the other.
+        self._failures = 0
+        self._returner: gevent.Greenlet | None = None
+        self._patience = 1
+        # Place → why there was no connection, as it was last logged.
+        self._logged: dict[int, str] = {}
         # The first connection's event loop: each new one would leave a pipe open.
         self._ioloop: Any = None
         BROKER_UP.set(0)
@@ -173,9 +211,28 @@ class Link:
         """Whether the channel can be used now."""
         return self.channel is not None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing would be lost with the connection."""
+        return self.channel is not None and not self.borrowed
+
     def start(self) -> None:
         """Connect in the background, and again for as long as it takes whenever that is lost."""
         self._keeper = gevent.spawn(self._keep_connected)
+        if self._broker_settings.others:
+            self._returner = gevent.spawn(self._keep_returning)
+
+    def pause(self) -> bool:
+        """Begin nothing new until resume(), so that this gets idle soon; False when it cannot."""
+        return True
+
+    def resume(self) -> None:
+        """Begin what had to wait, and go on."""
+
+    def move(self, channel: Channel) -> None:
+        """Use channel, of another connection, from now on; called when idle."""
+        self.lost("moved")
+        self.opened(channel)
 
     def finish(self) -> None:
         """Let no request wait for what is still to come, as the end is near."""
@@ -183,6 +240,8 @@ class Link:
     def stop(self) -> None:
         """Close the connection for good."""
         self._stopping = True
+        if self._returner is not None:
+            self._returner.kill()
         if self.channel is not None:
             self.channel.connection.close()
         if self._keeper is not None:
@@ -194,13 +253,12 @@ class Link:
 
     def ready(self, channel: Channel) -> None:
         """Let callers use channel."""
-        self.channel, self._logged = channel, ""
+        self.channel, self._since = channel, time.monotonic()
+        self._logged.clear()
         BROKER_UP.set(1)
-        log.info(
-            "Connected to the broker at %s:%d",
-            self._broker_settings.host,
-            self._broker_settings.port,
-        )
+        if self._broker_settings.others:
+            broker_own().set(self._place == 0)
+        log.info("Connected to the broker at %s:%d", *self._broker_settings.addresses[self._place])
 
     def alive(self) -> None:
         """Take note that the broker does what it was asked: the next loss is a new one."""
@@ -235,25 +293,74 @@ class Link:
                 reason = error
             self.lost(reason)
             # One line for each loss and each new reason, not for each attempt.
-            if repr(reason) != self._logged and not self._stopping:
-                self._logged = repr(reason)
-                log.warning("No connection to the broker: %s", self._logged)
+            if repr(reason) != self._logged.get(self._place) and not self._stopping:
+                self._logged[self._place] = repr(reason)
+                log.warning("No connection to the broker%s: %r", self._which, reason)
+            self._take_next()
+
+    @property
+    def _which(self) -> str:
+        """Which broker it is, where there are several."""
+        host, port = self._broker_settings.addresses[self._place]
+        return f" at {host}:{port}" if self._broker_settings.others else ""
+
+    def _take_next(self) -> None:
+        """Turn to the next broker of the list; pause when all have failed one after the other."""
+        count = len(self._broker_settings.addresses)
+        if self._since:
+            if time.monotonic() - self._since > LAST_RETRY:
+                self._failures = 0
+            if self._place == 0:
+                served = self.heard > self._since
+                self._patience = 1 if served else min(2 * self._patience, MOST_PATIENCE)
+        self._since = 0.0
+        self._place = (self._place + 1) % count
+        self._failures += 1
+        if self._failures % count == 0:
             gevent.sleep(self._retry)
             self._retry = min(2 * self._retry, LAST_RETRY)
 
     def _hold_connection(self) -> Exception:
         """Connect, wait until the connection has ended, and return why it did."""
-        ended = AsyncResult()
+        self._ended = AsyncResult()
+        self._connection = self._connect(self._place, self._connected, self._over)
+        received, since = 0, time.monotonic()
+        while True:
+            with suppress(gevent.Timeout):
+                reason: Exception = self._ended.get(
+                    timeout=LOOK if self._broker_settings.others else None
+                )
+                return reason
+            # move() may have changed it.
+            connection = self._connection
+            if received != connection.bytes_received:
+                received, since = connection.bytes_received, time.monotonic()
+            elif time.monotonic() - since > 2 * self._broker_settings.heartbeat:
+                # pika itself waits for up to twice a heartbeat and 5 seconds.
+                silence = TimeoutError("silent for two heartbeats")
+                self.lost(silence)
+                connection.cut(silence)
+
+    def _connect(
+        self,
+        place: int,
+        opened: Callable[[Any], Any],
+        ended: Callable[[Any, Any], None],
+    ) -> JoinedConnection:
+        """Begin to connect to the broker at place; ended is called also when that fails."""
         connection = JoinedConnection(
-            parameters(self._broker_settings, self._name),
-            on_open_callback=self._connected,
-            on_open_error_callback=lambda _connection, reason: ended.set(reason),
-            on_close_callback=lambda _connection, reason: ended.set(reason),
+            parameters(self._broker_settings, self._name, place),
+            on_open_callback=opened,
+            on_open_error_callback=ended,
+            on_close_callback=ended,
             custom_ioloop=self._ioloop,
         )
         self._ioloop = connection.ioloop
-        reason: Exception = ended.get()
-        return reason
+        return connection
+
+    def _over(self, connection: JoinedConnection, reason: Exception) -> None:
+        if connection is self._connection:
+            self._ended.set(reason)
 
     def _connected(self, connection: JoinedConnection) -> None:
         connection.channel(on_open_callback=self._channel_opened)
@@ -266,5 +373,65 @@ class Link:
         # A queue or a right is missing and may come back: connect again. If the connection itself
         # has ended, _hold_connection knows.
         if isinstance(reason, ChannelClosedByBroker):
-            self.lost(reason)
+            if self.channel in (None, channel):  # not after a move
+                self.lost(reason)
             channel.connection.cut(reason)
+
+    # The way back to the own host's broker.
+
+    def _keep_returning(self) -> None:
+        while True:
+            gevent.sleep(between(*PROBE))
+            if self._place and self.channel is not None:
+                with suppress(AMQPError):  # it has just gone again
+                    self._return()
+
+    def _return(self) -> None:
+        """Connect to the own host's broker, too, and move there once that lasted."""
+        opened, ended = AsyncResult(), Event()
+
+        def over(connection: JoinedConnection, reason: Exception) -> None:
+            ended.set()
+            self._over(connection, reason)
+
+        home = self._connect(0, lambda one: one.channel(on_open_callback=opened.set), over)
+        pause = self._patience * between(*TRIAL)
+        try:
+            while not ended.wait(pause) and opened.ready() and self._place:
+                if self._drained(opened.get()):
+                    self._move(home, opened.get())
+                    return
+                self.resume()
+                pause = between(*PROBE)
+        finally:
+            self.resume()
+            if home is not self._connection:
+                close(home)
+
+    def _drained(self, channel: Channel) -> bool:
+        """Hold back what is new until the rest has ended; False when that, or channel, lasts."""
+        answered = Event()
+        channel.basic_qos(prefetch_count=1, callback=lambda _: answered.set())
+        if answered.wait(DRAIN) and self.pause():
+            with gevent.Timeout(DRAIN, False):
+                while not self.idle:
+                    gevent.sleep(0.005)
+                return channel.is_open
+        return False
+
+    def _move(self, home: JoinedConnection, channel: Channel) -> None:
+        old, self._connection, self._place = self._connection, home, 0
+        channel.add_on_close_callback(self._channel_closed)
+        self.move(channel)
+        gevent.spawn_later(SETTLE, close, old)
+
+
+def between(least: float, most: float) -> float:
+    """Return a number at random."""
+    return uniform(least, most)  # noqa: S311 - it is no secret
+
+
+def close(connection: JoinedConnection) -> None:
+    """Say good-bye, unless the connection has ended."""
+    with suppress(AMQPError):
+        connection.close()

@@ -2,6 +2,7 @@
 
 import os
 import time
+from functools import cache
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -42,6 +43,16 @@ if DIRECTORY in os.environ:
     )
     START.set(time.time())
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+
+@cache
+def broker_own() -> Gauge:
+    """Return the gauge of a door that knows several brokers; without them there is none."""
+    return Gauge(
+        "broker_own",
+        "1 while every worker of this door uses, or used last, the broker of its own host",
+        multiprocess_mode="livemin",
+    )
 
 
 def count(route: str, status: int, seconds: float, client: str = "") -> None:

@@ -7,9 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from socket import SHUT_RDWR
 from struct import error, pack
-from typing import Any
 
 import door.amqp
 import gevent
@@ -19,13 +17,13 @@ from common.environment import Environment
 from door.amqp import JoinedConnection, Link, parameters
 from door.metrics import BROKER_UP
 from door.settings import BrokerSettings
-from gevent.server import StreamServer
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel
 from pika.exceptions import ChannelClosedByBroker, StreamLostError, UnsupportedAMQPFieldException
 from pika.frame import Method, decode_frame
 from pika.spec import Channel as ChannelMethods
 from pika.spec import Connection as ConnectionMethods
+from small_broker import SmallBroker
 
 DEADLINE = 3  # seconds any promise may take
 
@@ -35,61 +33,6 @@ def eventually(condition: Callable[[], bool]) -> None:
     with gevent.Timeout(DEADLINE):
         while not condition():
             gevent.sleep(0.005)
-
-
-class SmallBroker:
-    """Opens connections and channels; what else it is told it keeps."""
-
-    def __init__(self) -> None:
-        self.port = 0
-        self.methods: list[object] = []
-        self._clients: list[Any] = []
-        self._replies = {
-            ConnectionMethods.StartOk: ConnectionMethods.Tune(9, 131072, 0),
-            ConnectionMethods.Open: ConnectionMethods.OpenOk(),
-            ConnectionMethods.Close: ConnectionMethods.CloseOk(),
-            ChannelMethods.Open: ChannelMethods.OpenOk(),
-            ChannelMethods.Close: ChannelMethods.CloseOk(),
-        }
-
-    def begin(self) -> None:
-        self._server = StreamServer(("127.0.0.1", self.port), self._serve)
-        self._server.start()
-        self.port = self._server.server_port
-
-    def end(self) -> None:
-        """Accept nobody and cut everybody."""
-        self._server.stop(timeout=0)
-        self.cut()
-
-    def cut(self) -> None:
-        while self._clients:
-            with suppress(OSError):  # it ended by itself
-                self._clients.pop().shutdown(SHUT_RDWR)
-
-    def send(self, channel: int, method: Any) -> None:
-        for client in self._clients:
-            client.sendall(Method(channel, method).marshal())
-
-    def told(self, kind: type) -> int:
-        """Return how many methods of kind it was told."""
-        return sum(isinstance(method, kind) for method in self.methods)
-
-    def _serve(self, client: Any, _address: object) -> None:
-        self._clients.append(client)
-        data = b""
-        while received := client.recv(65536):
-            data += received
-            while (decoded := decode_frame(data))[1] is not None:
-                size, frame = decoded
-                data = data[size:]
-                method = getattr(frame, "method", None)
-                self.methods.append(method)
-                reply = self._replies.get(type(method))
-                if method is None:  # the protocol's header
-                    reply = ConnectionMethods.Start(0, 9, {}, b"PLAIN", b"en_US")
-                if reply:
-                    client.sendall(Method(getattr(frame, "channel_number", 0), reply).marshal())
 
 
 class WatchedLink(Link):

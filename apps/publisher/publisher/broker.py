@@ -16,6 +16,7 @@ import gevent
 from door import BrokerUnavailable
 from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link, Method
 from door.metrics import BROKER_UP
+from gevent.event import Event
 
 from publisher.message import Message, Target
 from publisher.outlet import UNKNOWN, UNSENT, InFlight, Outlet, Sending
@@ -56,6 +57,9 @@ class Broker(Link):
         super().__init__(settings.broker, "publisher")
         self._settings = settings
         self._blocked = False
+        # Set unless requests have to wait before they begin.
+        self._open_to_all = Event()
+        self._open_to_all.set()
         # Exchange → its outlet, which may still be opening.
         self._outlets: dict[str, Outlet] = {}
         self._in_flight = InFlight()
@@ -73,6 +77,21 @@ class Broker(Link):
         """Whether a message can be published now: connected and not blocked."""
         return self.channel is not None and not self._blocked
 
+    @property
+    def idle(self) -> bool:
+        """Whether every message that was to be sent is confirmed."""
+        waiting = self._fresh or self._begun or any(one.waiting for one in self._outlets.values())
+        return super().idle and not (waiting or self._in_flight.messages)
+
+    def pause(self) -> bool:
+        """Let requests wait before they begin, until resume()."""
+        self._open_to_all.clear()
+        return True
+
+    def resume(self) -> None:
+        """Let requests begin."""
+        self._open_to_all.set()
+
     def publish(self, messages: Sequence[Message], target: Target) -> int:
         """Publish messages to target, in order and persistent, and wait for all the confirms.
 
@@ -84,6 +103,7 @@ class Broker(Link):
         of these messages, which renews the channel if nothing else was confirmed on it meanwhile,
         and the connection if nothing was at all. What is not confirmed may still be in the queue.
         """
+        self._open_to_all.wait()
         if not self.up:
             state = "is not connected" if self.channel is None else "blocks publishers"
             raise Unconfirmed(f"The broker {state}; {UNSENT}.")
@@ -249,7 +269,9 @@ class Broker(Link):
                 self._begun.append(sending)
         return count, total
 
-    def _on_blocked(self, _connection: object, frame: Method[Any]) -> None:
+    def _on_blocked(self, connection: object, frame: Method[Any]) -> None:
+        if self.channel is None or connection is not self.channel.connection:
+            return  # it was moved away from
         log.warning("The broker blocks publishers: %s", frame.method.reason)
         self._blocked = True
         BROKER_UP.set(0)

@@ -3,7 +3,7 @@
 import time
 
 import gevent
-from door.amqp import Link
+from door.amqp import SETTLE, Channel, Link
 from door.clients import CONNECTION, SHARE
 from door.memory import Memory
 
@@ -16,10 +16,6 @@ from subscriber.shared import Polls, Shared
 LARGEST_MESSAGE = 16 * 1024 * 1024
 # Share of the connections that may be long polls: others must be answered, too.
 POLLS = 0.75
-# Seconds the connection stays open after the last acknowledgement. A quorum queue takes them
-# behind the channel's back: closing at once left 267 of 300 acknowledged messages in the queue,
-# a second left none. AMQP has no answer to an acknowledgement that could be waited for.
-SETTLE = 1.0
 
 
 class Broker(Link):
@@ -52,6 +48,31 @@ class Broker(Link):
         super().lost(reason)
         for queue in self._queues.values():
             queue.lost(f"the broker was lost: {reason}")
+
+    @property
+    def idle(self) -> bool:
+        """Whether no message is held, leased or on its way."""
+        return super().idle and all(queue.idle for queue in self._queues.values())
+
+    def pause(self) -> bool:
+        """Fetch nothing until resume(); False while a message is leased, or held for some time."""
+        queues = self._queues.values()
+        if any(queue.keeps_some for queue in queues):
+            return False
+        for queue in queues:
+            queue.pause()
+        return True
+
+    def resume(self) -> None:
+        """Fetch what is wanted."""
+        for queue in self._queues.values():
+            queue.resume()
+
+    def move(self, channel: Channel) -> None:
+        """Go on by the connection of channel; who waits for a message does not notice."""
+        self.ready(channel)
+        for queue in self._queues.values():
+            queue.moved()
 
     def finish(self) -> None:
         """Let nobody wait any longer for messages that are still to come."""

@@ -22,6 +22,7 @@ def own_channel(link: Link, timeout: float, what: str) -> Iterator[Channel]:
     if main is None:
         raise BrokerUnavailable("not connected to the broker")
     opened, closed = Event(), Event()
+    link.borrowed += 1
     try:
         channel = main.connection.channel(on_open_callback=lambda _: opened.set())
         channel.add_on_close_callback(lambda _channel, _reason: closed.set())
@@ -38,6 +39,7 @@ def own_channel(link: Link, timeout: float, what: str) -> Iterator[Channel]:
     except AMQPError as error:
         raise BrokerUnavailable(f"{what} cannot be reached: {error!r}") from None
     finally:
+        link.borrowed -= 1
         if opened.is_set():
             if channel.is_open:
                 channel.close()

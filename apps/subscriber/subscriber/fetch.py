@@ -84,6 +84,13 @@ class Fetch:
         # How many messages the queue should have left.
         self._ready = 0
         self._poll_due = self._ask_due = False
+        # Whether nothing may be fetched.
+        self._paused = False
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the broker may be about to bring a message."""
+        return bool(self._asked) or self.bursting
 
     @property
     def bursting(self) -> bool:
@@ -121,6 +128,16 @@ class Fetch:
             self._ask_due = True
             gevent.get_hub().loop.run_callback(self._ask)
 
+    def pause(self) -> None:
+        """Fetch nothing more until resume()."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Fetch what is wanted by now."""
+        if self._paused:
+            self._paused = False
+            self.soon()
+
     def emptied(self) -> None:
         """Take note that the queue has nothing left: no burst is worth it."""
         self._ready = 0
@@ -133,6 +150,8 @@ class Fetch:
     def _ask(self) -> None:
         """Fetch what is wanted, unless something is on its way or waits for memory."""
         self._ask_due = False
+        if self._paused:
+            return
         channel = self._link.channel
         wanted = self._line.wanted + (0 if self._poll_due else self._line.patient)
         if channel is None or not wanted or self._asked or self._burst or self._unheld:

@@ -15,11 +15,10 @@ from pathlib import Path
 import gevent
 from common.environment import ConfigError, Environment, leave
 from door import BrokerUnavailable
-from door.amqp import AMQPError, Channel, Link
+from door.amqp import SETTLE, AMQPError, Channel, Link
 from door.settings import BrokerSettings
 from gevent.event import AsyncResult
 
-from subscriber.broker import SETTLE
 from subscriber.channel import own_channel
 from subscriber.resend import Resend, deliveries
 from subscriber.settings import Settings
@@ -35,7 +34,8 @@ class Once(Link):
 
     def __init__(self, settings: BrokerSettings) -> None:
         """Prepare to connect with settings."""
-        super().__init__(settings, "move")
+        # What it reads and writes is bound to one connection.
+        super().__init__(replace(settings, others=()), "move")
         self._settings = settings
         self._made = AsyncResult()
 

@@ -35,7 +35,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 
 from door import BrokerUnavailable
-from door.amqp import AMQPError, Channel, ChannelClosedByBroker, Link
+from door.amqp import DRAIN, AMQPError, Channel, ChannelClosedByBroker, Link
 from door.memory import OutOfMemory
 
 from subscriber.channel import Answers, own_channel
@@ -88,6 +88,16 @@ class Queue:
     def bursting(self) -> bool:
         """Whether a consumer is on the queue."""
         return self._fetch.bursting
+
+    @property
+    def idle(self) -> bool:
+        """Whether no message of it is here or on its way."""
+        return self._settler.oldest == math.inf and not self._fetch.under_way
+
+    @property
+    def keeps_some(self) -> bool:
+        """Whether a message is here that is held or leased rather than on its way to a client."""
+        return self._settler.oldest < time.monotonic() - DRAIN
 
     @property
     def told(self) -> float:
@@ -174,6 +184,20 @@ class Queue:
         self._line.hurry_all(self._fetch.gets)
         self._fetch.soon()
 
+    def pause(self) -> None:
+        """Fetch nothing until resume()."""
+        self._fetch.pause()
+
+    def resume(self) -> None:
+        """Fetch what is wanted."""
+        self._fetch.resume()
+
+    def moved(self) -> None:
+        """Go on by the link's new connection, for those who wait; called when idle."""
+        self._forget()
+        if self._line.wanted or self._line.patient:
+            self.open()
+
     def end_burst(self) -> None:
         """Let the burst under way, if any, bring no more."""
         self._fetch.end_burst()
@@ -189,10 +213,8 @@ class Queue:
 
     def lost(self, reason: str) -> None:
         """Forget the channel and what it brought, as the broker requeues it; fail who waits."""
-        self.channel = self._opening = None
-        self._settler.lost()
+        self._forget()
         self._line.fail(BrokerUnavailable(reason))
-        self._fetch.lost()
 
     @contextmanager
     def giving_up(self) -> Iterator[None]:
@@ -228,7 +250,14 @@ class Queue:
             else:
                 delivery.close()
 
+    def _forget(self) -> None:
+        self.channel = self._opening = None
+        self._settler.lost()
+        self._fetch.lost()
+
     def _opened(self, channel: Channel) -> None:
+        if channel is not self._opening:
+            return  # of a connection that was moved away from
         self.channel, self._opening = channel, None
         self._fetch.opened(channel)
         self._held.watch()

@@ -1,6 +1,7 @@
 # mypy: disable-error-code=no-untyped-call
 """What is said to the broker of the messages that it brought: acknowledgements and rejections."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -36,13 +37,19 @@ class Unsettled:
 
     def __init__(self) -> None:
         """Begin without any, as a channel does."""
-        self._tags: dict[int, None] = {}
+        # With when they came, by time.monotonic().
+        self._tags: dict[int, float] = {}
         self._acked: set[int] = set()
         self._rejected: dict[int, bool] = {}
 
     def add(self, tag: int) -> None:
         """Take note that the message of tag came."""
-        self._tags[tag] = None
+        self._tags[tag] = time.monotonic()
+
+    @property
+    def oldest(self) -> float:
+        """When the first one came that is not settled, by time.monotonic(); infinity if none is."""
+        return next(iter(self._tags.values()), math.inf)
 
     def has(self, tag: int) -> bool:
         """Whether the message of tag can still be settled."""
@@ -91,6 +98,11 @@ class Settler:
         self._due = self._paused = False
         # When the broker was last told of any, by time.monotonic().
         self.told = 0.0
+
+    @property
+    def oldest(self) -> float:
+        """When the first one came that the broker waits for; infinity without one."""
+        return self._unsettled.oldest
 
     def add(self, tag: int) -> None:
         """Take note that the message of tag came."""
