@@ -38,12 +38,15 @@ ROUTE = {
 }
 
 
-def configuration(texts: dict[str, str]) -> dict[str, str]:
+OTHERS = [{"name": "broker2", "address": "192.0.2.2"}, {"name": "broker3", "address": "192.0.2.3"}]
+
+
+def configuration(texts: dict[str, str], left_out: tuple[str, ...] = ()) -> dict[str, str]:
     """Return the folder of Prometheus' configuration, path by path, of all that was rendered."""
     return {
         name.removeprefix("prometheus/"): text
         for name, text in texts.items()
-        if name.startswith("prometheus/")
+        if name.startswith("prometheus/") and name not in left_out
     }
 
 
@@ -56,14 +59,16 @@ def promtool(images: dict[str, str], request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def prometheus(rendered: Rendered) -> dict[str, str]:
     """Return the folder of Prometheus' configuration, path by path."""
-    return configuration(rendered.first)
+    return configuration(rendered.first, ("prometheus/rules/cluster.yml",))
 
 
 @pytest.fixture(scope="module")
-def prometheus_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Return the same where the broker has three nodes, and a queue thresholds of its own."""
+def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return all that is rendered on one of three hosts; a queue has thresholds of its own."""
     own = {
         "stack_nodes": ["broker1", "broker2", "broker3"],
+        "stack_others": OTHERS,
+        "stack_tls": "own",
         "stack_queues": [{"name": "takeaway"}, {"name": "orders.eu"}],
         "monitoring_prometheus_alerts": {
             "RabbitMQBacklog": {"queues": {"orders.eu": 5000}},
@@ -72,15 +77,21 @@ def prometheus_of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
             "RabbitMQDeadLetters": {"queues": {"orders.eu.dead": 7}},
         },
     }
-    return configuration(render(tmp_path_factory.mktemp("cluster"), **own))
+    return render(tmp_path_factory.mktemp("cluster"), **own)
 
 
 @pytest.fixture(scope="module")
-def alerts(prometheus: dict[str, str]) -> dict[str, Any]:
+def prometheus_of_three(of_three: dict[str, str]) -> dict[str, str]:
+    """Return the folder of Prometheus' configuration there."""
+    return configuration(of_three)
+
+
+@pytest.fixture(scope="module")
+def alerts(prometheus_of_three: dict[str, str]) -> dict[str, Any]:
     """Return every alerting rule by its name."""
     groups = [
         group
-        for path, text in prometheus.items()
+        for path, text in prometheus_of_three.items()
         if path.startswith("rules/")
         for group in yaml.safe_load(text)["groups"]
     ]
@@ -97,8 +108,12 @@ def with_a_team(tmp_path_factory: pytest.TempPathFactory) -> str:
     return render(folder, **own)[CONFIG]
 
 
-def test_promtool_takes_the_configuration(promtool: str, prometheus: dict[str, str]) -> None:
-    done = run_in(promtool, prometheus, "promtool check config prometheus.yml")
+@pytest.mark.parametrize("hosts", ["prometheus", "prometheus_of_three"])
+def test_promtool_takes_the_configuration(
+    promtool: str, request: pytest.FixtureRequest, hosts: str
+) -> None:
+    files = request.getfixturevalue(hosts)
+    done = run_in(promtool, files, "promtool check config --syntax-only prometheus.yml")
     assert done.returncode == 0, done.stdout
     assert "rule files found" in done.stdout
 
@@ -107,7 +122,7 @@ def test_promtool_takes_the_configuration(promtool: str, prometheus: dict[str, s
 def test_the_rules_do_what_their_cases_say(
     promtool: str, request: pytest.FixtureRequest, case: Path
 ) -> None:
-    nodes = "prometheus_of_three" if case.stem == "cluster" else "prometheus"
+    nodes = "prometheus_of_three" if case.stem.startswith("cluster") else "prometheus"
     files = {**request.getfixturevalue(nodes), "case.yml": case.read_text()}
     done = run_in(promtool, files, "promtool test rules case.yml")
     assert done.returncode == 0, done.stdout
@@ -181,14 +196,38 @@ def test_a_target_is_scraped_every_10_seconds_and_no_job_bears_the_name_of_anoth
     }
 
 
-def test_amtool_takes_the_configuration_with_and_without_receivers_of_the_user_s(
-    images: dict[str, str], rendered: Rendered, with_a_team: str
+def test_all_alertmanagers_of_a_cluster_get_the_same_alert_from_every_prometheus(
+    prometheus: dict[str, str], prometheus_of_three: dict[str, str]
 ) -> None:
-    files = {"a.yml": rendered.first[CONFIG], "b.yml": with_a_team}
-    done = run_in(images["alertmanager"], files, "amtool check-config a.yml b.yml")
+    def told(files: dict[str, str]) -> tuple[Any, Any]:
+        main = yaml.safe_load(files["prometheus.yml"])
+        (static,) = main["alerting"]["alertmanagers"][0]["static_configs"]
+        return main["global"]["external_labels"], static["targets"]
+
+    alone = {"stack": "broker", "host": "broker1"}
+    assert told(prometheus) == (alone, ["alertmanager:9093"])
+    everyone = ["alertmanager:9093", "broker2:9093", "broker3:9093"]
+    assert told(prometheus_of_three) == ({"stack": "broker"}, everyone)
+
+
+def test_alertmanagers_of_a_cluster_verify_each_other(of_three: dict[str, str]) -> None:
+    gossip = yaml.safe_load(of_three["alertmanager/cluster.yml"])
+    server, client = gossip["tls_server_config"], gossip["tls_client_config"]
+    assert server["client_auth_type"] == "RequireAndVerifyClientCert"
+    assert (server["client_ca_file"], client["ca_file"]) == ("tls/ca.pem", "tls/ca.pem")
+    assert (server["cert_file"], client["cert_file"]) == ("tls/server.pem", "tls/server.pem")
+    assert client["server_name"] == "alertmanager"
+    assert "insecure_skip_verify" not in client
+
+
+def test_amtool_takes_the_configuration_of_one_host_and_of_three_and_with_own_receivers(
+    images: dict[str, str], rendered: Rendered, of_three: dict[str, str], with_a_team: str
+) -> None:
+    files = {"a.yml": rendered.first[CONFIG], "b.yml": with_a_team, "c.yml": of_three[CONFIG]}
+    done = run_in(images["alertmanager"], files, "amtool check-config a.yml b.yml c.yml")
     assert done.returncode == 0, done.stdout
     # Each says it again of the templates.
-    assert re.findall(r"Checking '(..yml)'  SUCCESS", done.stdout) == ["a.yml", "b.yml"]
+    assert re.findall(r"Checking '(..yml)'  SUCCESS", done.stdout) == ["a.yml", "b.yml", "c.yml"]
 
 
 def test_amtool_takes_the_nights_that_the_documentation_shows(

@@ -949,6 +949,70 @@ def test_a_scrape_has_password_and_tls_where_the_target_asks_for_them(filters: A
     assert not any("scheme" in one or "tls_config" in one for one in plain)
 
 
+def test_a_target_of_a_cluster_has_the_same_labels_in_every_prometheus(filters: Any) -> None:
+    params = {"family": ["queue"]}
+    more = {"job": "rabbitmq_detailed", "port": 2, "path": "/more", "params": params}
+    catalogue = {
+        "rabbitmq": {"scrapes": [{"port": 1, "published": "m"}, more | {"published": "m"}]},
+        "web": {"scrapes": [{"port": 3, "password": True, "tls": True, "published": "w"}]},
+        "front": {"scrapes": [{"port": 8405}]},
+    }
+    hosts = ["h1", "h2", "h3"]
+
+    def labels(host: str) -> set[tuple[str, str, str]]:
+        others = [{"name": name, "address": "192.0.2.1"} for name in hosts if name != host]
+        scrapes = filters["monitoring_cluster_scrapes"]
+        configs = scrapes(catalogue, "/p", host, others, {"m": 15, "w": 9}, "mq.example.com")
+        assert len({config["job_name"] for config in configs}) == len(configs) == 7
+        # What Prometheus makes of a target that does not say it.
+        return {
+            (
+                static["labels"].get("job", config["job_name"]),
+                static["labels"]["host"],
+                static["labels"].get("instance", static["targets"][0]),
+            )
+            for config in configs
+            for static in config["static_configs"]
+        }
+
+    jobs = {"rabbitmq": 15, "rabbitmq_detailed": 15, "web": 9}
+    everywhere = {(job, host, f"{host}:{port}") for job, port in jobs.items() for host in hosts}
+    for host in hosts:
+        assert labels(host) == everywhere | {("front", host, f"{host}:8405")}
+
+
+def test_another_host_is_scraped_by_tls_with_a_password_and_the_own_one_as_ever(
+    filters: Any,
+) -> None:
+    scrape = {"port": 2, "path": "/more", "params": {"family": ["queue"]}, "published": "m"}
+    others = [{"name": "h2", "address": "192.0.2.2"}]
+    own, other = filters["monitoring_cluster_scrapes"](
+        {"rabbitmq": {"scrapes": [scrape]}}, "/p", "h1", others, {"m": 15}, "mq.example.com"
+    )
+    assert own.keys() == {"job_name", "metrics_path", "params", "static_configs"}
+    assert own["static_configs"][0]["targets"] == ["rabbitmq:2"]
+    assert other == {
+        "job_name": "rabbitmq_others",
+        "metrics_path": "/more",
+        "params": {"family": ["queue"]},
+        "scheme": "https",
+        "basic_auth": {"username": "prometheus", "password_file": "/p/scrape_password"},
+        "tls_config": {"ca_file": "/p/tls/ca.pem", "server_name": "mq.example.com"},
+        "static_configs": [{"targets": ["h2:15"], "labels": {"host": "h2", "job": "rabbitmq"}}],
+    }
+
+
+def test_of_several_hosts_an_alert_holds_back_what_is_near(filters: Any) -> None:
+    rules = [{"equal": ["queue"], "near": True}, {"source_matchers": ["a = b"], "near": True}, {}]
+    inhibit = filters["monitoring_inhibit_rules"]
+    assert inhibit(rules, False) == [{"equal": ["queue"]}, {"source_matchers": ["a = b"]}, {}]
+    assert inhibit(rules, True) == [
+        {"equal": ["queue", "host"]},
+        {"source_matchers": ["a = b"], "equal": ["host"]},
+        {},
+    ]
+
+
 def test_the_web_configuration_has_hashes_that_stay_the_same(filters: Any) -> None:
     web = filters["monitoring_web"]({"a": "secret", "b": "secret"}, "salt", True)
     assert web == filters["monitoring_web"]({"a": "secret", "b": "secret"}, "salt", True)

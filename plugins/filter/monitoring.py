@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -100,6 +101,61 @@ def monitoring_scrapes(
     ]
 
 
+def monitoring_cluster_scrapes(
+    containers: Mapping[str, Any],
+    folder: str,
+    host: str,
+    others: Iterable[Mapping[str, str]],
+    ports: Mapping[str, object],
+    name: str = "",
+) -> list[dict[str, Any]]:
+    """Return the scrape_configs for host's containers and, by their published ports, for others.
+
+    In every Prometheus of the cluster a target has the same labels, so that an alert has, too.
+    ports are the published ones by their variables, others is stack_others. The rest is as
+    monitoring_client has it.
+    """
+    client = monitoring_client(folder, True, True, name)
+    known = [scrape for one in containers.values() for scrape in one.get("scrapes", [])]
+    own = monitoring_scrapes(containers, folder, True, True, name)
+    configs = []
+    for config, scrape in zip(own, known, strict=True):
+        job, (static,) = config["job_name"], config["static_configs"]
+        port = ports[scrape["published"]] if "published" in scrape else scrape["port"]
+        static["labels"] = {"host": host, "instance": f"{host}:{port}"}
+        configs.append(config)
+        if "published" in scrape:
+            targets = [
+                {
+                    "targets": [f"{one['name']}:{port}"],
+                    "labels": {"host": one["name"], "job": job},
+                }
+                for one in others
+            ]
+            asked = {
+                key: deepcopy(config[key]) for key in ("metrics_path", "params") if key in config
+            }
+            more = {"job_name": f"{job}_others", "scheme": "https", "static_configs": targets}
+            configs.append(asked | deepcopy(client) | more)
+    return configs
+
+
+def monitoring_inhibit_rules(
+    rules: Iterable[Mapping[str, Any]], clustered: bool
+) -> list[dict[str, Any]]:
+    """Return Alertmanager's inhibit_rules; in a cluster one says near for what one host has.
+
+    near is this module's own: source and target are then of the same host.
+    """
+    ready = []
+    for rule in rules:
+        rest = {key: value for key, value in rule.items() if key != "near"}
+        if clustered and rule.get("near"):
+            rest["equal"] = [*rule.get("equal", []), "host"]
+        ready.append(rest)
+    return ready
+
+
 def monitoring_files(paths: Iterable[str], texts: Iterable[str], folder: str) -> dict[str, str]:
     """Return the texts of paths by the paths that the files get: folder/name."""
     return {
@@ -155,7 +211,9 @@ class FilterModule:
         return {
             "monitoring_bad_values": monitoring_bad_values,
             "monitoring_client": monitoring_client,
+            "monitoring_cluster_scrapes": monitoring_cluster_scrapes,
             "monitoring_files": monitoring_files,
+            "monitoring_inhibit_rules": monitoring_inhibit_rules,
             "monitoring_missing_secrets": monitoring_missing_secrets,
             "monitoring_scrapes": monitoring_scrapes,
             "monitoring_secrets": monitoring_secrets,
