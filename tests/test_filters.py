@@ -1274,6 +1274,19 @@ def test_what_a_host_does_not_reach_is_named(filters: Any) -> None:
     assert filters["preflight_unreached"]([], others, ports, "h1") == []
 
 
+def test_doors_are_told_of_the_brokers_and_doors_of_other_hosts_and_of_their_names(
+    filters: Any,
+) -> None:
+    others = [{"name": "h2", "address": "192.0.2.2"}, {"name": "h3", "address": "192.0.2.3"}]
+    assert filters["apps_brokers"](others, 5671) == "h2:5671,h3:5671"
+    assert filters["apps_doors"](others, 5001) == "h2=https://h2:5001,h3=https://h3:5001"
+    hostvars = {"h1": {}, "h2": {"ansible_host": "two.example"}, "h3": {}}
+    told = filters["apps_other_names"](hostvars, others)
+    assert told == ["h2", "192.0.2.2", "two.example", "h3", "192.0.2.3", "h3"]
+    alone = filters["apps_brokers"]([], 5671), filters["apps_doors"]([], 5001)
+    assert (*alone, filters["apps_other_names"](hostvars, [])) == ("", "", [])
+
+
 def test_an_official_image_is_what_its_variable_names(filters: Any) -> None:
     catalogue = {"a": {"image": {"contexts": ["x"], "upstream": "a_image"}}}
     catalogue |= {"b": {"image": {"contexts": ["y"]}}, "c": {}}

@@ -67,9 +67,40 @@ def apps_token_faults(clients: Iterable[Entry], folder: str) -> list[str]:
     return faults
 
 
+def apps_brokers(others: Iterable[Mapping[str, str]], port: object) -> str:
+    """Return RABBITMQ_OTHERS: the brokers of other hosts, each at port."""
+    return ",".join(f"{other['name']}:{port}" for other in others)
+
+
+def apps_doors(others: Iterable[Mapping[str, str]], port: object) -> str:
+    """Return OTHER_DOORS: the subscribers of other hosts by the hosts' names, each at port."""
+    return ",".join(f"{other['name']}=https://{other['name']}:{port}" for other in others)
+
+
+def apps_other_names(
+    hostvars: Mapping[str, Entry], others: Iterable[Mapping[str, str]]
+) -> list[str]:
+    """Return the names and addresses by which clients know the other hosts."""
+    return [
+        known
+        for other in others
+        for known in (
+            other["name"],
+            other["address"],
+            str(hostvars[other["name"]].get("ansible_host", other["name"])),
+        )
+    ]
+
+
 class FilterModule:
     """What Ansible loads."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"apps_lists": apps_lists, "apps_token_faults": apps_token_faults}
+        return {
+            "apps_brokers": apps_brokers,
+            "apps_doors": apps_doors,
+            "apps_lists": apps_lists,
+            "apps_other_names": apps_other_names,
+            "apps_token_faults": apps_token_faults,
+        }
