@@ -57,13 +57,7 @@ def equip(
         access = lists.readers if request.path == "/metrics" else lists.access
         authorization = request.headers.get("Authorization")
         if request.path != "/healthz" and not access.client(authorization):
-            raise Unauthorized(
-                "Credentials are missing or wrong.",
-                www_authenticate=[
-                    WWWAuthenticate("basic", {"realm": app.name}),
-                    WWWAuthenticate("bearer"),
-                ],
-            )
+            raise stranger(app.name)
         return None
 
     description = (Path(app.root_path) / "openapi.json").read_bytes()
@@ -92,6 +86,14 @@ def equip(
     app.register_error_handler(BrokerUnavailable, _failed)
     app.wsgi_app = Direct(  # type: ignore[method-assign]
         app.wsgi_app, routes, events, topology, Browsers(names)
+    )
+
+
+def stranger(realm: str) -> Unauthorized:
+    """Return the 401 of the door realm."""
+    return Unauthorized(
+        "Credentials are missing or wrong.",
+        www_authenticate=[WWWAuthenticate("basic", {"realm": realm}), WWWAuthenticate("bearer")],
     )
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gevent
@@ -22,6 +23,7 @@ from werkzeug.http import parse_accept_header
 from subscriber.broker import LARGEST_MESSAGE, Broker
 from subscriber.dead import Dead
 from subscriber.delivery import Delivery
+from subscriber.elsewhere import Elsewhere
 from subscriber.handover import SENDS_NO_MORE, Handover, shows
 from subscriber.leases import Leases
 from subscriber.overview import Overview
@@ -112,6 +114,18 @@ class Counter:
     leases: Leases
     dead: Dead
 
+    def ack(self, receipts: list[str]) -> int:
+        """Take leased messages off the queue; how many. Raises Gone."""
+        taken = self.leases.take(receipts)
+        self.queue.ack(taken)
+        return len(taken)
+
+    def reject(self, receipts: list[str], requeue: bool) -> int:
+        """Give leased messages back, to the queue or to the dead ones; how many. Raises Gone."""
+        taken = self.leases.take(receipts)
+        self.queue.reject(taken, requeue)
+        return len(taken)
+
 
 class Subscriber:
     """What the door answers to each request."""
@@ -127,6 +141,7 @@ class Subscriber:
         # One that was removed from the file stays, for what was leased.
         self._counters: dict[str, Counter] = {}
         self._batches = BoundedSemaphore(MAX_BATCHES)
+        self._elsewhere = Elsewhere(settings.cluster)
         self._overview = Overview(settings, memory, topology)
 
     def receive(self, call: Call) -> Answer:
@@ -167,7 +182,8 @@ class Subscriber:
         counter = self._counters.get(name)
         if counter is None:
             queue = self._broker.queue(name)
-            leases = Leases(queue, self._settings.lease_seconds, self._memory)
+            seconds, door = self._settings.lease_seconds, self._settings.cluster.name
+            leases = Leases(queue, seconds, self._memory, door)
             counter = Counter(queue, leases, Dead(self._broker, name, self._settings))
             self._counters[name] = counter
         return counter
@@ -205,22 +221,24 @@ class Subscriber:
     def ack(self, call: Call) -> Answer:
         """Take leased messages off the queue."""
         counter = self._counter(call)
-        taken = counter.leases.take(read_receipts(call, {"receipt", "receipts"})[0])
-        counter.queue.ack(taken)
-        return json_answer(200, {"acknowledged": len(taken)})
+        receipts, _ = read_receipts(call, {"receipt", "receipts"})
+        count = self._elsewhere.settle(call, counter.leases, receipts, counter.ack)
+        return json_answer(200, {"acknowledged": count})
 
     def reject(self, call: Call) -> Answer:
         """Give leased messages back."""
         counter = self._counter(call)
         receipts, requeue = read_receipts(call, {"receipt", "receipts", "requeue"})
-        taken = counter.leases.take(receipts)
-        counter.queue.reject(taken, requeue)
-        return json_answer(200, {"rejected": len(taken)})
+        here = partial(counter.reject, requeue=requeue)
+        more = {"requeue": requeue}
+        count = self._elsewhere.settle(call, counter.leases, receipts, here, more)
+        return json_answer(200, {"rejected": count})
 
     def extend(self, call: Call) -> Answer:
         """Let leases last for longer."""
         leases = self._counter(call).leases
-        count = leases.extend(read_receipts(call, {"receipt", "receipts"})[0])
+        receipts, _ = read_receipts(call, {"receipt", "receipts"})
+        count = self._elsewhere.settle(call, leases, receipts, leases.extend)
         return json_answer(200, {"extended": count})
 
     def look(self, call: Call) -> Answer:

@@ -18,8 +18,9 @@ from door.access import CLIENT_HEADER, DOORS
 from door.amqp import BasicProperties, Channel
 from door.memory import Grant
 
-# Bytes of a line of JSON besides the message, at most: its members redelivered and receipt.
-RECEIPT_ROOM = 80
+# Bytes of a line of JSON besides the message, at most: its members redelivered and receipt, which
+# may begin with a door's name of 63.
+RECEIPT_ROOM = 144
 # Bytes of a body that are made JSON at a time, which takes several times as much memory.
 PIECE = 64 * 1024
 # Bytes of base64's pieces: a multiple of 3, so that they can be joined.

@@ -43,8 +43,12 @@ class Leases:
     A lease holds no message body, so a client that takes ever more leases uses little memory.
     """
 
-    def __init__(self, queue: Queue, seconds: float, memory: Memory) -> None:
-        """Give leases of seconds for queue's messages, and hold memory for them."""
+    def __init__(self, queue: Queue, seconds: float, memory: Memory, door: str = "") -> None:
+        """Give leases of seconds for queue's messages, and hold memory for them.
+
+        Where the door has a name, receipts begin with it, so that other doors know whose they are.
+        """
+        self._prefix = f"{door}." if door else ""
         self._queue = queue
         self._seconds = seconds
         self._memory = memory
@@ -57,7 +61,7 @@ class Leases:
             raise OutOfMemory
         if self._keeper is None:
             self._keeper = gevent.spawn(self._expire)
-        receipt = secrets.token_urlsafe(RECEIPT)
+        receipt = self._prefix + secrets.token_urlsafe(RECEIPT)
         last_end = delivery.came + LONGEST
         end = min(time.monotonic() + self._seconds, last_end)
         self._leases[receipt] = _Lease(delivery.handle, end, last_end)
