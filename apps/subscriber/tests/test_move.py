@@ -43,8 +43,10 @@ def wires(rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Wire
     monkeypatch.setattr(move.Once, "start", start)
     monkeypatch.setattr(move, "SETTLE", 0)
     yield found
-    gevent.sleep(0.01)
-    assert [wire.connection.is_closed for wire in found] == [True, True]
+    with gevent.Timeout(5):
+        while not all(wire.connection.is_closed for wire in found):
+            gevent.sleep(0.01)
+    assert len(found) == 2
 
 
 @pytest.fixture
