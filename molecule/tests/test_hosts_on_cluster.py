@@ -259,6 +259,41 @@ def test_a_message_that_came_in_at_one_host_goes_out_at_another(cluster: Cluster
         assert (other.status, other.text) == (200, f"by {name}\n")
 
 
+def leased(host: Guarded) -> str:
+    """Return the receipt of a message that comes in and is leased at this host's doors."""
+    assert host.http(PUBLISHER, "/data", "--data", "message=leased").status == 201
+    got = host.http(SUBSCRIBER, "/receive?ack=manual&wait=5")
+    assert (got.status, got.text) == (200, "leased\n")
+    return got.headers["x-receipt"]
+
+
+def settled(host: Guarded, receipt: str, how: str = "ack") -> int:
+    """Return how a host's door answers to a receipt."""
+    body = ("--header", "Content-Type: application/json", "--data", json.dumps({"receipt": receipt}))
+    return host.http(SUBSCRIBER, f"/{how}", *body).status
+
+
+@pytest.mark.parametrize("owner", HOSTS)
+def test_a_receipt_is_good_at_every_door(cluster: Cluster, owner: str) -> None:
+    for other in set(HOSTS) - {owner}:
+        receipt = leased(cluster.hosts[owner])
+        assert settled(cluster.hosts[other], receipt, "extend") == 200
+        assert settled(cluster.hosts[other], receipt) == 200
+        assert settled(cluster.hosts[owner], receipt) == 410
+    assert cluster.first.http(SUBSCRIBER, "/receive").text == "No message available\n"
+
+
+def test_a_receipt_of_a_door_that_was_killed_is_gone_and_its_message_comes_again(
+    cluster: Cluster,
+) -> None:
+    owner, other = cluster.hosts["broker2"], cluster.hosts["broker3"]
+    receipt = leased(owner)
+    pid = owner.docker("inspect", "--format", "{{.State.Pid}}", owner.container("subscriber"))
+    owner.run("kill -9 %s", pid.strip())
+    eventually(lambda: settled(other, receipt) == 410, 60, "the receipt is gone")
+    assert other.http(SUBSCRIBER, "/receive?wait=10").text == "leased\n"
+
+
 def test_every_queue_has_a_member_on_each_host(cluster: Cluster) -> None:
     told = cluster.api("/queues?columns=name,type,members")
     assert {queue["type"] for queue in told} == {"quorum"}
