@@ -269,7 +269,12 @@ def leased(host: Guarded) -> str:
 
 def settled(host: Guarded, receipt: str, how: str = "ack") -> int:
     """Return how a host's door answers to a receipt."""
-    body = ("--header", "Content-Type: application/json", "--data", json.dumps({"receipt": receipt}))
+    body = (
+        "--header",
+        "Content-Type: application/json",
+        "--data",
+        json.dumps({"receipt": receipt}),
+    )
     return host.http(SUBSCRIBER, f"/{how}", *body).status
 
 
