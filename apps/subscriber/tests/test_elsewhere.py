@@ -482,7 +482,7 @@ def test_a_receipt_of_an_owner_that_is_gone_is_gone(
 def test_where_nobody_answers_a_connection_the_owner_is_gone_and_the_next_know_it_at_once(
     make: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elsewhere, "CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr(elsewhere, "CONNECT_TIMEOUT", 0.5)
     with socket.socket() as full, ExitStack() as stack:
         full.bind((LOCAL, 0))
         full.listen(0)
@@ -495,34 +495,35 @@ def test_where_nobody_answers_a_connection_the_owner_is_gone_and_the_next_know_i
         requests = [gevent.spawn(h1.post, "ack", "h2.a") for _ in range(2 * PLACES)]
         for request in requests:
             assert told(request.get(timeout=5), 410) == {"gone": ["h2.a"]}
-        assert 0.3 <= time.monotonic() - begin < 0.6
-        monkeypatch.setattr(elsewhere, "ABSENT", 0)
-        gevent.sleep(elsewhere.ABSENT + 1)
+        assert 0.5 <= time.monotonic() - begin < 0.95
+        gevent.sleep(elsewhere.ABSENT)
         begin = time.monotonic()
         assert told(h1.post("ack", "h2.a"), 410)
-        assert time.monotonic() - begin >= 0.3, "it is looked for again"
+        assert time.monotonic() - begin >= 0.5, "it is looked for again"
 
 
 def test_an_owner_that_does_not_answer_in_time_leaves_it_unknown_and_keeps_nobody_waiting(
-    h1: Host, owner: FakeDoor, rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Host], owner: FakeDoor, rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(elsewhere, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(elsewhere, "ANSWER_TIMEOUT", 2)
+    monkeypatch.setattr(elsewhere, "PLACES", 2)
+    h1 = make("h1", {"h2": owner.https.url})
     rabbit.publish(b"a", b"b")
     own = h1.lease()
     owner.prompt.clear()
     begin, before = time.monotonic(), passed(503)
-    requests = [gevent.spawn(h1.post, "ack", own, "h2.a") for _ in range(2 * PLACES)]
-    gevent.sleep(0.1)
+    requests = [gevent.spawn(h1.post, "ack", own, "h2.a") for _ in range(4)]
+    gevent.sleep(0.5)
     assert h1.client.get("/receive").text == "b\n"
-    assert time.monotonic() - begin < 0.3
-    assert owner.at_a_time == PLACES
+    assert owner.at_a_time == 2
+    assert time.monotonic() - begin < 1.9, "before any of them was answered"
     for request in requests:
         answer = request.get(timeout=5)
         assert told(answer, 503) == {}
         assert "'h2'" in answer.text
-        assert "no answer within 0.5 s" in answer.text
-    assert time.monotonic() - begin < 1
-    assert passed(503) == before + 2 * PLACES
+        assert "no answer within 2 s" in answer.text
+    assert 2 <= time.monotonic() - begin < 4
+    assert passed(503) == before + 4
     owner.prompt.set()
     assert told(h1.post("ack", own, "h2.a"), 200) == {"acknowledged": 2}
 
