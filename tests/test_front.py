@@ -86,7 +86,10 @@ ask() {{
   timeout 25 openssl s_client -quiet -bind ${{3:-127.0.0.1}}:0 -connect 127.0.0.1:5000 2>/dev/null |
   sed -n '1s/^[^ ]* \\([0-9]*\\).*/\\1/p;$p' | paste -s -d ' '
 }}
-until_told() {{ found=$1; shift; until ask "${{@:-/}}" | grep -q "$found"; do sleep 0.1; done; }}
+until_told() {{
+  found=$1; shift
+  for try in $(seq 99); do ask "${{@:-/}}" | grep -q "$found" && return; sleep 0.1; done
+}}
 drain() {{ bash -c '{DRAIN[-1]}' "set server any_publisher/own_ready state $1" >/dev/null; }}
 {CERTIFICATE}haproxy -f others.cfg &
 """
