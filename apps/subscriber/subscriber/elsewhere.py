@@ -124,24 +124,29 @@ class Door:
         if time.monotonic() < self._until:
             raise Absent(self._absent)
         try:
-            plain = gevent.socket.create_connection((self._host, self._port), CONNECT_TIMEOUT)
+            sock = gevent.socket.create_connection((self._host, self._port), CONNECT_TIMEOUT)
         except OSError as error:
             if not isinstance(error, TimeoutError) and error.errno not in NOBODY:
                 raise
             self._absent, self._until = str(error), time.monotonic() + ABSENT
             raise Absent(self._absent) from None
-        connection = http.HTTPConnection(self._host, self._port)
         try:
-            plain.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+            sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
             context = gevent.ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             # As other programs do: a CA in the file need be no root.
             context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
             context.load_verify_locations(self._ca_file)
-            connection.sock = context.wrap_socket(plain, server_hostname=self._host)
-            connection.sock.settimeout(None)  # whoever asks has a limit for all of it
+            # gevent would leave it open where the handshake is cut short.
+            sock = context.wrap_socket(
+                sock, server_hostname=self._host, do_handshake_on_connect=False
+            )
+            sock.do_handshake()
+            sock.settimeout(None)  # whoever asks has a limit for all of it
         except BaseException:
-            plain.close()
+            sock.close()
             raise
+        connection = http.HTTPConnection(self._host, self._port)
+        connection.sock = sock
         return connection
 
 

@@ -506,6 +506,7 @@ def test_an_owner_that_does_not_answer_in_time_leaves_it_unknown_and_keeps_nobod
     make: Callable[..., Host], owner: FakeDoor, rabbit: Rabbit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elsewhere, "ANSWER_TIMEOUT", 2)
+    monkeypatch.setattr(elsewhere, "CONNECT_TIMEOUT", 1)
     monkeypatch.setattr(elsewhere, "PLACES", 2)
     h1 = make("h1", {"h2": owner.https.url})
     rabbit.publish(b"a", b"b")
@@ -577,6 +578,20 @@ def test_an_owner_that_speaks_no_tls_leaves_it_unknown(
         h1 = make("h1", {"h2": f"https://{LOCAL}:{listener.getsockname()[1]}"})
         assert told(h1.post("ack", "h2.a"), 503) == {}
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("limit", ["CONNECT_TIMEOUT", "ANSWER_TIMEOUT"])
+def test_an_owner_that_takes_a_connection_and_says_nothing_leaves_it_unknown(
+    make: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(elsewhere, limit, 0.3)
+    with listen() as listener:
+        h1 = make("h1", {"h2": f"https://{LOCAL}:{listener.getsockname()[1]}"})
+        request = gevent.spawn(h1.post, "ack", "h2.a")
+        with listener.accept()[0] as silent, gevent.Timeout(2):
+            assert silent.recv(65536), "the client's half of the handshake"
+            assert silent.recv(65536) == b"", "its end"
+        assert told(request.get(timeout=2), 503) == {}
 
 
 @pytest.mark.parametrize("wrong", ["CA", "name"])
