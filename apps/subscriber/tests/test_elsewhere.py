@@ -108,6 +108,7 @@ class Https:
             def handle(self, sock: Any, address: Any) -> None:
                 outer.connections += 1
                 outer.open.add(sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 try:
                     super().handle(sock, address)
                 finally:
