@@ -17,11 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-<<<<<<< HEAD
-.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
-=======
-.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine by-hosts beside molecule molecule-default molecule-next test-host test-bare bench chaos abuse requirements
->>>>>>> main
+.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine by-hosts beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
