@@ -20,8 +20,8 @@ CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())[
 # The front is there only where the stack is guarded.
 SERVICES = [name for name in CATALOGUE if name != "front"]
 
-# The CA, on a host whose stack is guarded, and the doors, which ask for a client's token there.
-CA = "/tmp/ca.pem"
+# Where the CA is on a host whose stack is guarded: not in /tmp, which a restart empties. And the doors, which ask for a token there.
+CA = "/root/ca.pem"
 DOORS = ("apps_publisher_port", "apps_subscriber_port")
 
 # Does one thing as one user and prints how it ended.
