@@ -147,7 +147,7 @@ class Sender(Client):
 
 
 class Receiver(Client):
-    """Receives in bulk."""
+    """Receives in bulk, by leases: what a front has taken of an answer is gone with its host."""
 
     def __init__(self, cluster: Cluster, place: int) -> None:
         """Receive from the queue."""
@@ -155,11 +155,18 @@ class Receiver(Client):
         self.seen: list[Delivery] = []
 
     def ask(self, door: HTTPSConnection) -> str:
-        door.request("GET", f"/queues/{QUEUE}/messages?wait=1&max=100", headers=self.headers)
+        ask = f"/queues/{QUEUE}/messages?wait=1&max=100&ack=manual"
+        door.request("GET", ask, headers=self.headers)
         response = door.getresponse()
-        for line in response if response.status == 200 else ():
-            self.seen.append(read(json.loads(line)))
+        told = [json.loads(line) for line in response] if response.status == 200 else []
         response.read()
+        self.seen += map(read, told)
+        if told:
+            self.answers["200"] += 1
+            receipts = json.dumps({"receipts": [one["receipt"] for one in told]})
+            door.request("POST", f"/queues/{QUEUE}/ack", receipts.encode(), self.headers)
+            response = door.getresponse()
+            response.read()
         return str(response.status)
 
 
