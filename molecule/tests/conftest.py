@@ -20,7 +20,8 @@ CATALOGUE = yaml.safe_load((PROJECT / "roles/stack/vars/main.yml").read_text())[
 # The front is there only where the stack is guarded.
 SERVICES = [name for name in CATALOGUE if name != "front"]
 
-# Where the CA is on a host whose stack is guarded: not in /tmp, which a restart empties. And the doors, which ask for a token there.
+# Where the CA is on a host whose stack is guarded: not in /tmp, which a restart empties. And the
+# doors, which ask for a token there.
 CA = "/root/ca.pem"
 DOORS = ("apps_publisher_port", "apps_subscriber_port")
 
