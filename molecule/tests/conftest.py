@@ -61,9 +61,10 @@ except pika.exceptions.AMQPError as error:
 
 def host_variables(host: str = "broker1") -> dict[str, Any]:
     """Return what the scenario sets for its host."""
-    names = ["group_vars/brokers.yml", "group_vars/clustered.yml", f"host_vars/{host}.yml"]
-    files = [INVENTORY / name for name in names]
-    values = [yaml.safe_load(file.read_text()) for file in files if file.exists()]
+    # Of the folder, which all scenarios share, only what is for the groups of this one's hosts.
+    groups = ["brokers", "clustered"] if INVENTORY.parent.suffix == ".cluster" else ["brokers"]
+    names = [*(f"group_vars/{group}.yml" for group in groups), f"host_vars/{host}.yml"]
+    values = [yaml.safe_load((INVENTORY / name).read_text()) for name in names]
     told = {name: value for each in values for name, value in each.items()}
     return {**told, "ansible_host": f"{told['stack_name']}-{host}"}
 
