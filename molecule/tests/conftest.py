@@ -22,7 +22,7 @@ SERVICES = [name for name in CATALOGUE if name != "front"]
 
 # Where the CA is on a host whose stack is guarded: not in /tmp, which a restart empties. And the
 # doors, which ask for a token there.
-CA = "/root/ca.pem"
+CA = "/etc/ca.pem"
 DOORS = ("apps_publisher_port", "apps_subscriber_port")
 
 # Does one thing as one user and prints how it ended.
