@@ -7,8 +7,7 @@ from typing import Any
 def rabbitmq_apart(nodes: Iterable[Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
     """Return the nodes of hosts that do not run in the cluster, as GET /api/nodes tells it."""
     # A broker that cannot answer yet says why, in an object.
-    told = [node for node in nodes if isinstance(node, Mapping)]
-    running = {str(node["name"]) for node in told if node.get("running")}
+    running = _running(node for node in nodes if isinstance(node, Mapping))
     return [name for name in map(_node, hosts) if name not in running]
 
 
@@ -34,7 +33,7 @@ def rabbitmq_forget_faults(
     nodes: Sequence[Mapping[str, Any]], forget: Iterable[str], hosts: Sequence[str]
 ) -> list[str]:
     """Return why the nodes of forget cannot be forgotten, with the way out."""
-    known, running = rabbitmq_known(nodes, forget), {n["name"] for n in nodes if n.get("running")}
+    known, running = rabbitmq_known(nodes, forget), _running(nodes)
     faults = [f"{name} is in the inventory; take it out." for name in forget if name in hosts]
     faults += [
         f"{name} runs; stop it for good (`docker rm --force` of its container), and run again."
@@ -47,6 +46,10 @@ def rabbitmq_forget_faults(
             " them; start others first."
         )
     return faults
+
+
+def _running(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    return {str(node["name"]) for node in nodes if node.get("running")}
 
 
 def _node(host: str) -> str:
