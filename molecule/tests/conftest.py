@@ -66,7 +66,7 @@ def host_variables(host: str = "broker1") -> dict[str, Any]:
     names = [*(f"group_vars/{group}.yml" for group in groups), f"host_vars/{host}.yml"]
     values = [yaml.safe_load((INVENTORY / name).read_text()) for name in names]
     told = {name: value for each in values for name, value in each.items()}
-    return {**told, "ansible_host": f"{told['stack_name']}-{host}"}
+    return {**told, "ansible_host": told["ansible_host"].replace("{{ inventory_hostname }}", host)}
 
 
 def variables(host: str = "broker1") -> dict[str, Any]:
