@@ -1,6 +1,7 @@
 """The three hosts of the scenario cluster."""
 
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ class Cluster:
 
     @property
     def first(self) -> Guarded:
-        return self.hosts[HOSTS[0]]
+        return next(iter(self.hosts.values()))
 
     def address(self, host: str) -> str:
         """Return the host's address in the network of all hosts."""
@@ -61,10 +62,10 @@ class Cluster:
         return str(told["leader"]).removeprefix("rabbit@")
 
 
-def of_hosts() -> Cluster:
-    """Return the hosts; each has the CA from then on."""
+def of_hosts(names: Iterable[str] = HOSTS) -> Cluster:
+    """Return the hosts of these names; each has the CA from then on."""
     hosts = {}
-    for name in HOSTS:
+    for name in names:
         told = variables(name)
         host = Guarded(testinfra.get_host(f"docker://{told['ansible_host']}"), told)
         host.run("echo %s > %s", (host.secrets / "tls_ca.pem").read_text(), CA)

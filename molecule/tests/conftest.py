@@ -220,10 +220,12 @@ class Stack:
             for name in names
         }
 
-    def playbook(self, name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    def playbook(
+        self, name: str, *args: str, inventory: Path = INVENTORY
+    ) -> subprocess.CompletedProcess[str]:
         """Run a playbook of the project against this scenario's hosts."""
         return subprocess.run(
-            ["ansible-playbook", "--inventory", INVENTORY, *args, f"playbooks/{name}.yml"],
+            ["ansible-playbook", "--inventory", inventory, *args, f"playbooks/{name}.yml"],
             cwd=PROJECT,
             # Molecule has errors shown apart, and colours where nobody sees them.
             env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},

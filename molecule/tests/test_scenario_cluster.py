@@ -1,207 +1,51 @@
 """Three hosts, one broker: what was confirmed is handed out, whichever host goes."""
 
 import json
+import os
 import re
-import ssl
-import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from http.client import HTTPException, HTTPSConnection
-from itertools import pairwise
 
 import pytest
-from cluster import HOSTS, QUEUE, Cluster, of_hosts, outside
-from conftest import PROJECT, Guarded, eventually
+from cluster import HOSTS, Cluster, of_hosts, outside
+from conftest import Guarded, eventually
+from load import PUBLISHER, SUBSCRIBER, load
 
-sys.path.append(str(PROJECT / "tests"))
-from chaos import Delivery, Message, check, read  # type: ignore[import-not-found]
-
-PUBLISHER, SUBSCRIBER = "apps_publisher_port", "apps_subscriber_port"
-# Seconds that a client waits for an answer, and after a failure.
-PATIENCE, PAUSE = 10, 0.1
 # What no chain of iptables has.
 WRONG = {("INPUT", "-o"), ("OUTPUT", "-i")}
-
-
-class Client(threading.Thread):
-    """Goes from door to door until it is told to stop: to the next one after each failure."""
-
-    def __init__(self, cluster: Cluster, port: str, place: int) -> None:
-        """Begin at the door of the host at place."""
-        super().__init__(daemon=True)
-        number = int(cluster.first.vars[port])
-        trust = ssl.create_default_context(
-            cadata=(cluster.first.secrets / "tls_ca.pem").read_text()
-        )
-        self.doors = [
-            HTTPSConnection(cluster.address(host), number, timeout=PATIENCE, context=trust)
-            for host in HOSTS
-        ]
-        self.place = place
-        self.headers = {
-            "Authorization": f"Bearer {cluster.first.token}",
-            "Accept": "application/json",
-        }
-        self.over = threading.Event()
-        self.answers: Counter[str] = Counter()
-
-    def run(self) -> None:
-        while not self.over.is_set():
-            door = self.doors[self.place % len(self.doors)]
-            try:
-                answer = self.ask(door)
-            except (OSError, HTTPException, json.JSONDecodeError) as error:
-                door.close()
-                answer = type(error).__name__
-            self.answers[answer] += 1
-            if answer not in ("200", "201", "204"):
-                self.place += 1
-                time.sleep(PAUSE)
-        for door in self.doors:
-            door.close()
-
-    def ask(self, door: HTTPSConnection) -> str:
-        raise NotImplementedError
-
-
-class Sender(Client):
-    """Sends its numbers in order, each once, whatever comes of it."""
-
-    def __init__(self, cluster: Cluster, place: int, name: str) -> None:
-        """Send as name."""
-        super().__init__(cluster, PUBLISHER, place)
-        self.named, self.tried, self.home = name, 0, HOSTS[place % len(HOSTS)]
-        self.confirmed: list[Message] = []
-        self.times = [time.monotonic()]
-
-    def ask(self, door: HTTPSConnection) -> str:
-        message = Message(self.named, self.tried)
-        self.tried += 1
-        door.request("POST", f"/queues/{QUEUE}/messages", str(message).encode(), self.headers)
-        response = door.getresponse()
-        response.read()
-        if response.status == 201:
-            self.confirmed.append(message)
-            self.times.append(time.monotonic())
-        return str(response.status)
-
-    def run(self) -> None:
-        super().run()
-        self.times.append(time.monotonic())
-
-    def stall(self) -> float:
-        """Return the longest time between two confirmed messages."""
-        return max(after - before for before, after in pairwise(self.times))
-
-
-class Receiver(Client):
-    """Receives in bulk, by leases: what a front has taken of an answer is gone with its host."""
-
-    def __init__(self, cluster: Cluster, place: int) -> None:
-        """Receive from the queue."""
-        super().__init__(cluster, SUBSCRIBER, place)
-        self.seen: list[Delivery] = []
-
-    def ask(self, door: HTTPSConnection) -> str:
-        ask = f"/queues/{QUEUE}/messages?wait=1&max=100&ack=manual"
-        door.request("GET", ask, headers=self.headers)
-        response = door.getresponse()
-        told = [json.loads(line) for line in response] if response.status == 200 else []
-        response.read()
-        self.seen += map(read, told)
-        if told:
-            self.answers["200"] += 1
-            receipts = json.dumps({"receipts": [one["receipt"] for one in told]})
-            door.request("POST", f"/queues/{QUEUE}/ack", receipts.encode(), self.headers)
-            response = door.getresponse()
-            response.read()
-        return str(response.status)
-
-
-@dataclass
-class Load:
-    """Clients at every door, and what became of their messages."""
-
-    senders: list[Sender]
-    receivers: list[Receiver]
-
-    @property
-    def clients(self) -> list[Client]:
-        return [*self.senders, *self.receivers]
-
-    def stall(self, without: str = "") -> float:
-        """Return the longest stall of those that began at the doors of other hosts."""
-        return max(sender.stall() for sender in self.senders if sender.home != without)
-
-    def told(self) -> str:
-        """Return what happened, in a line."""
-        stalls = ", ".join(f"{sender.home} {sender.stall():.1f} s" for sender in self.senders)
-        answers = sum((client.answers for client in self.senders), Counter())
-        received = sum((client.answers for client in self.receivers), Counter())
-        return f"stalls: {stalls}; sent {dict(answers)}, received {dict(received)}"
-
-
-@contextmanager
-def load(cluster: Cluster, what: str) -> Iterator[Load]:
-    """Send and receive at every door meanwhile; every confirmed message arrives, in order."""
-    senders = [Sender(cluster, place, f"c{place}") for place in range(6)]
-    clients = Load(senders, [Receiver(cluster, place) for place in range(3)])
-    for client in clients.clients:
-        client.start()
-    time.sleep(3)
-    try:
-        yield clients
-        time.sleep(3)
-    finally:
-        for sender in senders:
-            sender.over.set()
-        for sender in senders:
-            sender.join(2 * PATIENCE)
-        print(f"\n{what}: {clients.told()}")
-        eventually(lambda: empty(cluster), 60, "all is received")
-        for receiver in clients.receivers:
-            receiver.over.set()
-        for receiver in clients.receivers:
-            receiver.join(2 * PATIENCE)
-    confirmed = {message for sender in senders for message in sender.confirmed}
-    tried = {Message(one.named, number) for one in senders for number in range(one.tried)}
-    assert len(confirmed) > 100
-    assert check(confirmed, tried, [receiver.seen for receiver in clients.receivers]) == []
-
-
-def empty(cluster: Cluster) -> bool:
-    """Return whether the broker counts no message; its count is up to ten seconds old."""
-    for _ in range(2):
-        told = cluster.api(f"/queues/%2F/{QUEUE}?columns=messages")
-        if told is None or told.get("messages") != 0:
-            return False
-        time.sleep(6)
-    return True
+# How many messages the single host has.
+WAITING = 100_000
+# How often each outage is made.
+rounds = pytest.mark.parametrize("turn", range(int(os.environ.get("ROUNDS", "1"))))
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Cluster:
+def hosts() -> Cluster:
     return of_hosts()
 
 
-@pytest.fixture(autouse=True)
-def _whole(cluster: Cluster) -> None:
-    cluster.wait_until_whole()
+@pytest.fixture
+def cluster(hosts: Cluster) -> Cluster:
+    """Return the hosts once all doors and members are there."""
+    hosts.wait_until_whole()
+    return hosts
 
 
-def test_what_a_single_host_had_is_there(cluster: Cluster) -> None:
-    bodies = []
-    for place in range(20):
-        door = cluster.hosts[HOSTS[place % 3]]
-        got = door.http(SUBSCRIBER, "/queues/audit/messages?max=1000&wait=2")
+# The first one: prepare leaves a single host with messages.
+def test_one_host_becomes_three(hosts: Cluster) -> None:
+    single = Cluster({HOSTS[0]: hosts.first})
+    with load(single, "from one host to three", "audit") as clients:
+        done = single.first.playbook("site")
+        assert done.returncode == 0, done.stdout[-3000:]
+        hosts.wait_until_whole()
+    assert clients.stall() <= 10
+    bodies: list[str] = []
+    for place in range(200):
+        door = hosts.hosts[HOSTS[place % 3]]
+        got = door.http(SUBSCRIBER, "/queues/takeaway/messages?max=1000&wait=2")
         bodies += [json.loads(line)["body"] for line in got.text.splitlines()]
-        if len(bodies) == 10000:
+        if len(bodies) >= WAITING:
             break
-    assert bodies == [str(number) for number in range(1, 10001)]
+    assert bodies == [str(number) for number in range(1, WAITING + 1)]
 
 
 def test_a_message_that_came_in_at_one_host_goes_out_at_another(cluster: Cluster) -> None:
@@ -264,9 +108,10 @@ def test_a_second_run_changes_nothing(cluster: Cluster) -> None:
         assert re.search(rf"{name} +: ok=\d+ +changed=0 ", done.stdout), done.stdout[-3000:]
 
 
-def test_the_host_of_the_leader_is_killed(cluster: Cluster) -> None:
+@rounds
+def test_the_host_of_the_leader_is_killed(cluster: Cluster, turn: int) -> None:
     leader = cluster.leader()
-    with load(cluster, f"{leader}, which leads, killed") as clients:
+    with load(cluster, f"{turn}: {leader}, which leads, killed") as clients:
         outside("kill", cluster.machine(leader))
         time.sleep(15)
         outside("start", cluster.machine(leader))
@@ -274,10 +119,11 @@ def test_the_host_of_the_leader_is_killed(cluster: Cluster) -> None:
     assert clients.stall(without=leader) <= 5
 
 
-def test_the_broker_that_leads_is_frozen(cluster: Cluster) -> None:
+@rounds
+def test_the_broker_that_leads_is_frozen(cluster: Cluster, turn: int) -> None:
     leader = cluster.leader()
     container = cluster.first.container("rabbitmq")
-    with load(cluster, f"the broker of {leader}, which leads, frozen") as clients:
+    with load(cluster, f"{turn}: the broker of {leader}, which leads, frozen") as clients:
         cluster.hosts[leader].docker("pause", container)
         time.sleep(25)
         cluster.hosts[leader].docker("unpause", container)
@@ -285,39 +131,48 @@ def test_the_broker_that_leads_is_frozen(cluster: Cluster) -> None:
     assert clients.stall() <= 15
 
 
-def test_a_host_is_cut_off(cluster: Cluster) -> None:
+@rounds
+def test_a_host_is_cut_off(cluster: Cluster, turn: int) -> None:
     leader = cluster.leader()
     host = cluster.hosts[leader]
     way = [(chain, side) for chain in ("INPUT", "OUTPUT", "FORWARD") for side in ("-i", "-o")]
     rules = [f"{chain} {side} eth0 -j DROP" for chain, side in way if (chain, side) not in WRONG]
-    with load(cluster, f"{leader}, which leads, cut off") as clients:
+    with load(cluster, f"{turn}: {leader}, which leads, cut off") as clients:
         host.run("; ".join(f"iptables -I {rule}" for rule in rules))
         time.sleep(20)
         sent = host.http(PUBLISHER, "/queues/audit/messages", "--data", "on the cut side")
         assert sent.status == 503, sent.text
-        time.sleep(30)
+        time.sleep(40)
         host.run("; ".join(f"iptables -D {rule}" for rule in rules))
         cluster.wait_until_whole()
     assert clients.stall(without=leader) <= 15
 
 
-def test_two_hosts_are_killed(cluster: Cluster) -> None:
-    with load(cluster, "two hosts killed") as clients:
+@rounds
+def test_two_hosts_are_killed(cluster: Cluster, turn: int) -> None:
+    with load(cluster, f"{turn}: two hosts killed") as clients:
         for name in HOSTS[1:]:
             outside("kill", cluster.machine(name))
+        time.sleep(5)
+        before = clients.confirmed()
+        sent = cluster.first.http(PUBLISHER, "/queues/audit/messages", "--data", "to one of three")
+        assert sent.status == 503, sent.text
         time.sleep(10)
-        before = len([one for sender in clients.senders for one in sender.confirmed])
-        time.sleep(10)
-        assert before == len([one for sender in clients.senders for one in sender.confirmed])
+        assert clients.confirmed() == before
         for name in HOSTS[1:]:
             outside("start", cluster.machine(name))
+        second = cluster.hosts[HOSTS[1]]
+        eventually(lambda: second.api("/overview").status == 200, 90, "the second broker is back")
+        back = eventually(lambda: clients.confirmed() > before, 10, "messages are confirmed again")
+        print(f"\nconfirmed again {back:.1f} s after the second broker was back")
         cluster.wait_until_whole()
 
 
-def test_every_broker_is_changed_in_turn(cluster: Cluster) -> None:
-    with load(cluster, "every broker changed") as clients:
-        more = json.dumps({"rabbitmq_disk_free_limit": "1GB"})
-        done = cluster.first.playbook("site", "--extra-vars", more)
+@rounds
+def test_every_broker_is_changed_in_turn(cluster: Cluster, turn: int) -> None:
+    change = json.dumps({"rabbitmq_disk_free_limit": f"{1000 + turn}MB"})
+    with load(cluster, f"{turn}: every broker changed") as clients:
+        done = cluster.first.playbook("site", "--extra-vars", change)
         assert done.returncode == 0, done.stdout[-3000:]
         cluster.wait_until_whole()
     assert clients.stall() <= 3
