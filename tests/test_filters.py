@@ -1078,6 +1078,16 @@ def test_the_other_hosts_begin_with_the_next_one(filters: Any) -> None:
     assert filters["stack_others"]({"h1": {}}, ["h1", "h9"], "h1") == []
 
 
+def test_hosts_that_have_the_stack_are_changed_one_after_the_other(filters: Any) -> None:
+    def host(*stacks: str) -> dict[str, Any]:
+        containers = [{"Labels": {"message-broker-stack": stack}} for stack in stacks]
+        return {"preflight_host": {"containers": [{"Labels": {}}, *containers]}}
+
+    hostvars = {"h1": host("broker"), "h2": host(), "h3": host("other"), "h4": host("broker")}
+    turns = filters["stack_turns"](hostvars, list(hostvars), "broker")
+    assert turns == {"h1": 1, "h2": 0, "h3": 0, "h4": 2}
+
+
 NODES = ["h1", "h2", "h3"]
 
 

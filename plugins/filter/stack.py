@@ -31,9 +31,28 @@ def stack_others(
     return [{"name": name, "address": address} for name, address in told.items() if address]
 
 
+def stack_turns(
+    hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str], stack: str
+) -> dict[str, int]:
+    """Return by host of nodes when its doors and monitoring are changed.
+
+    Hosts that have no container of the stack yet go first, together, with 0; the others one after
+    the other.
+    """
+    having = [
+        name
+        for name in nodes
+        if any(
+            container["Labels"].get("message-broker-stack") == stack
+            for container in hostvars[name]["preflight_host"]["containers"]
+        )
+    ]
+    return {name: having.index(name) + 1 if name in having else 0 for name in nodes}
+
+
 class FilterModule:
     """What Ansible loads."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"stack_others": stack_others, "stack_url": stack_url}
+        return {"stack_others": stack_others, "stack_turns": stack_turns, "stack_url": stack_url}
