@@ -123,6 +123,17 @@ class Receiver(Client):
         return str(response.status)
 
 
+class Batches(Client):
+    """Sends batches of a thousand messages."""
+
+    def ask(self, door: HTTPSConnection) -> str:
+        body = "".join(f'"{number}"\n' for number in range(1000))
+        door.request("POST", f"/queues/{self.queue}/batch", body.encode(), self.headers)
+        response = door.getresponse()
+        response.read()
+        return str(response.status)
+
+
 @dataclass
 class Load:
     """Clients at every door, and what became of their messages."""
@@ -177,6 +188,21 @@ def load(cluster: Cluster, what: str, queue: str = QUEUE) -> Iterator[Load]:
         clients.stop(receivers)
     assert clients.confirmed() > 100
     assert clients.problems() == []
+
+
+def rate(cluster: Cluster, queue: str = QUEUE, seconds: float = 10) -> float:
+    """Return how many messages a second SENDERS clients send in batches of a thousand."""
+    clients = [Batches(cluster, PUBLISHER, place, queue) for place in range(SENDERS)]
+    for client in clients:
+        client.start()
+    time.sleep(seconds)
+    for client in clients:
+        client.over.set()
+    for client in clients:
+        client.join(2 * PATIENCE)
+    answers = sum((client.answers for client in clients), Counter())
+    assert answers.keys() == {"201"}, answers
+    return answers["201"] * 1000 / seconds
 
 
 def empty(cluster: Cluster, queue: str) -> bool:
