@@ -8,35 +8,33 @@ from pathlib import PurePosixPath
 from typing import Any
 
 
-def config_changes(
+def config_differs(
     files: Mapping[str, str], found: Iterable[Mapping[str, Any]], folder: str, gid: int
-) -> dict[str, list[str]]:
-    """Return what must be done so that folder has exactly files, text by path, for root and gid.
+) -> bool:
+    """Return whether folder has something else than exactly files, text by path, for root and gid.
 
-    found is what the host has: the files that host_info tells. Told are paths in folder: the
-    folders to create ("" is folder itself), the files to write, and what to remove.
+    found is what the host has: the files that host_info tells.
     """
     have = {
         str(PurePosixPath(item["path"]).relative_to(folder)): item
         for item in found
         if PurePosixPath(item["path"]).is_relative_to(folder)
     }
-    folders = sorted({str(parent) for path in files for parent in PurePosixPath(path).parents})
+    folders = {str(parent) for path in files for parent in PurePosixPath(path).parents}
 
     def right(path: str, kind: str, mode: str) -> bool:
-        item: Mapping[str, Any] = have.get(path, {})
-        told = (item.get("mode"), item.get("uid"), item.get("gid"))
-        return bool(item.get(kind)) and told == (mode, 0, int(gid))
+        told = (have[path]["mode"], have[path]["uid"], have[path]["gid"])
+        return have[path][kind] and told == (mode, 0, int(gid))
 
     def same(path: str) -> bool:
         told: str = have[path]["checksum"]
         return told == hashlib.sha256(files[path].encode()).hexdigest()
 
-    return {
-        "folders": [path.removeprefix(".") for path in folders if not right(path, "isdir", "0750")],
-        "write": [path for path in files if not (right(path, "isreg", "0640") and same(path))],
-        "remove": [path for path in have if path not in folders and path not in files],
-    }
+    return not (
+        have.keys() == folders | files.keys()
+        and all(right(path, "isdir", "0750") for path in folders)
+        and all(right(path, "isreg", "0640") and same(path) for path in files)
+    )
 
 
 def config_script(files: Mapping[str, str], folder: str, command: str) -> str:
@@ -54,4 +52,4 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"config_changes": config_changes, "config_script": config_script}
+        return {"config_differs": config_differs, "config_script": config_script}

@@ -34,10 +34,10 @@ def stack_others(
 def stack_turns(
     hostvars: Mapping[str, Mapping[str, Any]], nodes: Sequence[str], stack: str
 ) -> dict[str, int]:
-    """Return by host of nodes when its doors and monitoring are changed.
+    """Return by host of nodes the number of its turn, from 0, to be changed.
 
-    Hosts that have no container of the stack yet go first, together, with 0; the others one after
-    the other.
+    Hosts that have containers of the stack are changed one after the other. The others, where
+    nothing runs yet, come with the first of them.
     """
     having = [
         name
@@ -47,7 +47,7 @@ def stack_turns(
             for container in hostvars[name]["preflight_host"]["containers"]
         )
     ]
-    return {name: having.index(name) + 1 if name in having else 0 for name in nodes}
+    return {name: having.index(name) if name in having else 0 for name in nodes}
 
 
 class FilterModule:
