@@ -209,7 +209,7 @@ def empty(cluster: Cluster, queue: str) -> bool:
     """Return whether the broker counts no message; its count is up to ten seconds old."""
     for _ in range(2):
         told = cluster.api(f"/queues/%2F/{queue}?columns=messages")
-        if told is None or told.get("messages") != 0:
+        if not told or told.get("messages") != 0:
             return False
         time.sleep(6)
     return True

@@ -108,6 +108,7 @@ def test_every_queue_has_a_member_on_each_host(cluster: Cluster) -> None:
 
 def test_a_second_run_changes_nothing(cluster: Cluster) -> None:
     done = cluster.first.playbook("site")
+    assert done.returncode == 0, done.stdout[-3000:]
     for name in HOSTS:
         assert re.search(rf"{name} +: ok=\d+ +changed=0 ", done.stdout), done.stdout[-3000:]
 
