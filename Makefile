@@ -1,4 +1,4 @@
-# make up | status | logs | down | clean | backup | ca | restore FILE=… | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
+# make up | status | logs | find ID=… | down | clean | backup | ca | restore FILE=… | test ; INVENTORY=… for other hosts than this one, ARGS=… for ansible-playbook.
 SHELL := /bin/bash
 INVENTORY ?= inventory/local.yml
 ARGS ?=
@@ -17,7 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs down clean images backup ca restore test lint unit unit-python unit-engine by-hosts beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs find down clean images backup ca restore test lint unit unit-python unit-engine by-hosts beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -30,11 +30,21 @@ status down clean images backup ca: .venv/.run
 restore: .venv/.run
 	$(PLAYBOOK) --extra-vars='{"backup_file": "$(FILE)"}' playbooks/restore.yml playbooks/status.yml
 
-# On the Docker host itself. Tomorrow's files, too: tail waits for what is not there yet.
-logs:
-	@folder=$$(docker inspect --format '{{range .Mounts}}{{if eq .Destination "/fluentd/log"}}{{.Source}}{{end}}{{end}}' $(STACK)-fluentd) && \
+# On the Docker host itself. Tomorrow's files, too: tail waits for what is not there yet. Of several hosts the last lines.
+logs: $(if $(filter inventory/local.yml,$(INVENTORY)),,.venv/.run)
+	@if [ $(INVENTORY) != inventory/local.yml ] && (($$(ansible brokers --inventory $(INVENTORY) --list-hosts | wc --lines) > 2)); then \
+		exec $(PLAYBOOK) --extra-vars='{"services": "$(S)"}' playbooks/logs.yml; \
+	fi; \
+	folder=$$(docker inspect --format '{{range .Mounts}}{{if eq .Destination "/fluentd/log"}}{{.Source}}{{end}}{{end}}' $(STACK)-fluentd) && \
 	cd "$$folder" && exec tail --quiet --lines=20 --follow=name --retry \
 		$(foreach day,today tomorrow,$(foreach service,$(S),$$(date --utc --date=$(day) +$(service).%Y%m%d.log))) 2>/dev/null
+
+# The text as it was written: neither make nor a shell looks for anything in it.
+override ID := $(value ID)
+find: export FIND := $(ID)
+find: .venv/.run
+	@$(if $(ID),,$(error Name the text: make find ID=order-7))
+	$(PLAYBOOK) playbooks/logs.yml
 
 # Two at a time, as many of these tests wait. The output of what ran beside comes last. A failure does not keep the next ones from running.
 test: .venv/.test

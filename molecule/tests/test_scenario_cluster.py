@@ -100,6 +100,38 @@ def test_a_receipt_of_a_door_that_was_killed_is_gone_and_its_message_comes_again
     assert other.http(SUBSCRIBER, "/receive?wait=10").text == "leased\n"
 
 
+def test_a_request_is_found_in_the_logs_of_all_hosts(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = f"order-{time.time_ns()}"
+    more = ("--header", f"X-Request-Id: {order}", "--data", "message=find me")
+    assert cluster.hosts["broker3"].http(PUBLISHER, "/data", *more).status == 201
+    assert cluster.hosts["broker2"].http(SUBSCRIBER, "/receive?wait=5").text == "find me\n"
+    monkeypatch.setenv("FIND", order)
+
+    def way() -> list[tuple[str, str]]:
+        """Return host and service of each line."""
+        shown = cluster.first.playbook("logs").stdout
+        return re.findall(rf"\S+ +(broker\d) +(\w+) .*{order}", shown)
+
+    both = [("broker3", "publisher"), ("broker2", "subscriber")]
+    eventually(lambda: way() == both, 60, "both doors' lines are found, in order of time")
+
+
+def test_a_door_whose_broker_is_away_tells_of_the_queues(cluster: Cluster) -> None:
+    host = cluster.hosts["broker2"]
+    # With this header its front leaves a request to the host's own door.
+    own = ("--header", "X-Stack-Hop: broker2")
+    host.docker("stop", host.container("rabbitmq"))
+    try:
+        told = host.http(SUBSCRIBER, "/queues", *own)
+        assert told.status == 200, told.text
+        assert QUEUE in [queue["name"] for queue in told.json["queues"]]
+        assert host.api("/queues").status == 0, "its broker is away"
+    finally:
+        host.docker("start", host.container("rabbitmq"))
+
+
 def test_every_queue_has_a_member_on_each_host(cluster: Cluster) -> None:
     told = cluster.api("/queues?columns=name,type,members")
     assert {queue["type"] for queue in told} == {"quorum"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import gevent
 from common import events
+from door import BrokerUnavailable
 from door.access import RIGHTS
 from door.call import Answer, Call, json_answer
 from door.memory import Memory
@@ -23,7 +24,7 @@ from werkzeug.http import parse_accept_header
 from subscriber.broker import LARGEST_MESSAGE, Broker
 from subscriber.dead import Dead
 from subscriber.delivery import Delivery
-from subscriber.elsewhere import Elsewhere
+from subscriber.elsewhere import ROOM, Elsewhere
 from subscriber.handover import SENDS_NO_MORE, Handover, shows
 from subscriber.leases import Leases
 from subscriber.overview import Overview
@@ -295,7 +296,14 @@ class Subscriber:
             if any(call.by.may(right, name) for right in RIGHTS)
         ]
         call.hold(TOLD * len(names))
-        return json_answer(200, {"queues": self._overview.tell(names)})
+        try:
+            return json_answer(200, {"queues": self._overview.tell(names)})
+        except BrokerUnavailable:
+            # The brokers of other hosts know as much.
+            answer = self._elsewhere.look(call, ROOM + TOLD * len(names))
+            if answer is None:
+                raise
+            return answer
 
     def watch(self) -> None:
         """Look at the queues now and then, for ever."""

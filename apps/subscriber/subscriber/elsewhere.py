@@ -1,4 +1,4 @@
-"""Receipts that other subscribers gave: each is passed on to the door that gave it."""
+"""What doors of other hosts know better: receipts that they gave, and what their brokers tell."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ import gevent
 import gevent.socket
 import gevent.ssl
 from common.events import REQUEST_ID
-from door.call import Call
+from door.call import Answer, Call
 from door.clients import CONNECTION
 from door.memory import RETRY_AFTER
 from door.web import stranger
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 PASSED_ON = Counter(
     "passed_on_requests",
-    "Requests that were passed on to the doors that gave their receipts",
+    "Requests that were passed on to doors of other hosts",
     ["door", "status"],
 )
 
@@ -43,6 +43,8 @@ HOP = "X-Stack-Hop"
 DOOR = "X-Stack-Door"
 # Seconds until somebody is there, and until all that a request passes on is answered.
 CONNECT_TIMEOUT, ANSWER_TIMEOUT = 3.0, 25.0
+# Seconds until the next door is asked what any of them may know; a door asks its broker for 4.
+LOOK_TIMEOUT = 6.0
 # Connections to one door at a time. Further requests wait, as each is done within milliseconds.
 PLACES = 8
 # Seconds for which a connection is kept for the next request; a front keeps it for 30.
@@ -90,14 +92,19 @@ class Door:
         # Why nobody is there, and until when that is taken for granted.
         self._absent, self._until = "", 0.0
 
-    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
-        """Return the answer's status and body; raises Absent, OSError and http.HTTPException."""
+    def ask(
+        self, path: str, body: bytes, headers: Mapping[str, str], room: int = ROOM
+    ) -> tuple[int, bytes]:
+        """Return the answer's status and body, which may have room bytes more than was sent.
+
+        Without a body to send it is a GET. Raises Absent, OSError and http.HTTPException.
+        """
         with self._places:
             connection = self._kept() or self._connect()
             try:
-                connection.request("POST", path, body, headers)
+                connection.request("POST" if body else "GET", path, body or None, headers)
                 answer = connection.getresponse()
-                limit = len(body) + ROOM
+                limit = len(body) + room
                 told = answer.read(limit + 1)
                 if len(told) > limit:
                     raise http.HTTPException(f"its answer has more than {limit} bytes")
@@ -151,7 +158,7 @@ class Door:
 
 
 class Elsewhere:
-    """Settles receipts where they were given: here, or at another door."""
+    """Settles receipts where they were given, and looks where somebody knows."""
 
     def __init__(self, settings: ClusterSettings) -> None:
         """Know the doors of settings; without any, all receipts are taken for this door's."""
@@ -195,6 +202,29 @@ class Elsewhere:
                 }
             raise
 
+    def look(self, call: Call, room: int) -> Answer | None:
+        """Answer call as the first other door that answers 200, with at most room bytes.
+
+        None where none does, and for what a door has passed on.
+        """
+        if call.header(DOOR) is not None:
+            return None
+        for name, door in self._doors.items():
+            call.hold(CONNECTION)
+            call.event.fields["passed_on"] = name
+            status, fault = 503, ""
+            try:
+                with gevent.Timeout(LOOK_TIMEOUT, Late(f"no answer within {LOOK_TIMEOUT:g} s")):
+                    status, told = door.ask(path_of(call), b"", self._headers(call), room)
+            except (Absent, Late, OSError, http.HTTPException) as error:
+                fault = str(error) or type(error).__name__
+            PASSED_ON.labels(name, status).inc()
+            self._note(name, fault)
+            if status == 200:
+                headers = [("Content-Type", "application/json"), ("Content-Length", str(len(told)))]
+                return Answer(200, headers, [told])
+        return None
+
     def _sort(self, call: Call, receipts: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         """Return the receipts that are to be settled here, and those of other doors by name."""
         own: list[str] = []
@@ -211,13 +241,11 @@ class Elsewhere:
     ) -> None:
         """Have receipts settled by the door of name, or raise what it answers."""
         body = json.dumps({"receipts": receipts, **more}).encode()
-        # WSGI has the bytes of a path as Latin-1 (PEP 3333).
-        path = quote(call.environ["PATH_INFO"].encode("latin-1"))
         gone: list[str] = []
         fault = ""
         try:
             call.hold(CONNECTION + PARSED * len(body))
-            status, told = self._doors[name].post(path, body, self._headers(call))
+            status, told = self._doors[name].ask(path_of(call), body, self._headers(call))
             if status == 410:
                 gone = read_gone(told, receipts)
             elif status not in (200, 401, 403):
@@ -251,8 +279,13 @@ class Elsewhere:
     def _note(self, name: str, fault: str) -> None:
         """Log each new fault of a door once."""
         if fault and fault != self._faults.get(name):
-            log.warning("The door of %s, which gave receipts, cannot be asked: %s", name, fault)
+            log.warning("The door of %s cannot be asked: %s", name, fault)
         self._faults[name] = fault
+
+
+def path_of(call: Call) -> str:
+    """Return the path of call as it is written; WSGI has its bytes as Latin-1 (PEP 3333)."""
+    return quote(call.environ["PATH_INFO"].encode("latin-1"))
 
 
 def read_gone(told: bytes, receipts: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What becomes of receipts at another door than the one that gave them; with real sockets."""
+"""What a door passes on to doors of other hosts, receipts and questions; with real sockets."""
 
 import json
 import socket
@@ -34,7 +34,7 @@ from subscriber.elsewhere import PLACES
 from subscriber.settings import ClusterSettings, Settings
 from werkzeug.test import TestResponse
 
-from .conftest import Events, Rabbit
+from .conftest import Events, Rabbit, serving
 
 LOCAL = "127.0.0.1"
 VERBS = {"ack": "acknowledged", "extend": "extended", "reject": "rejected"}
@@ -147,7 +147,7 @@ class FakeDoor:
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
         told = {name: value for name, value in environ.items() if isinstance(value, str)}
-        self.asked.append(told | json.loads(environ["wsgi.input"].read()))
+        self.asked.append(told | json.loads(environ["wsgi.input"].read() or b"{}"))
         self.at_a_time += 1
         self.prompt.wait()
         self.at_a_time -= 1
@@ -215,7 +215,10 @@ def make(rabbit: Rabbit, ca: Path, path: Path) -> Iterator[Callable[..., Host]]:
         def make(name: str, doors: dict[str, str], memory: int = 2**40, **more: Any) -> Host:
             https, events = more.get("https") or Https(ca.parent / "server.pem"), Events()
             cluster = ClusterSettings(name, doors, more.get("ca", ca))
-            settings = Settings(queues_file=more.get("path", path), cluster=cluster)
+            url = more.get("url")
+            settings = Settings(
+                queues_file=more.get("path", path), cluster=cluster, management_url=url
+            )
             broker = Broker(settings, Memory(2**40))
             rabbit.connect(broker).prompt = True
             stack.callback(broker.lost, "the test is over")
@@ -338,14 +341,14 @@ def test_receipts_of_here_that_end_while_others_are_settled_are_told(
 ) -> None:
     rabbit.publish(*[b"a", b"b"])
     own, settled = (hosts[name].lease() for name in ("h1", "h2"))
-    post = elsewhere.Door.post
+    ask = elsewhere.Door.ask
 
     def slow(*args: Any) -> Any:
-        answer = post(*args)
+        answer = ask(*args)
         hosts["h1"].post("ack", own)
         return answer
 
-    monkeypatch.setattr(elsewhere.Door, "post", slow)
+    monkeypatch.setattr(elsewhere.Door, "ask", slow)
     assert told(hosts["h1"].post("ack", own, settled), 410) == {"gone": [own], "done": [settled]}
 
 
@@ -630,6 +633,80 @@ def test_a_ca_that_was_changed_counts_with_the_next_connection(
     assert told(h1.post("ack", "h2.a"), 503) == {}
 
 
+# What brokers of other hosts tell.
+
+
+@pytest.fixture
+def api() -> Iterator[str]:
+    """The management API of a broker that knows nothing but that it is there."""
+    with serving(lambda _: (200, b'[{"name": "pizza", "messages_ready": 7}]')) as url:
+        yield url
+
+
+def ready(answer: TestResponse) -> dict[str, Any]:
+    """Return how many messages wait in each queue, by an answer to GET /queues."""
+    assert answer.content_type == "application/json"
+    return {one["name"]: one["ready"] for one in told(answer, 200)["queues"]}
+
+
+def test_while_the_own_broker_is_away_another_door_tells_of_the_queues(
+    make: Callable[..., Host], ca: Path, api: str
+) -> None:
+    away = Https(ca.parent / "server.pem")
+    away.stop()
+    mute = make("h2", {})
+    knows = make("h3", {}, url=api)
+    h1 = make("h1", {"h4": away.url, "h2": mute.https.url, "h3": knows.https.url})
+    before = passed(503)
+    answer = h1.client.get("/queues", headers={"X-Request-Id": "mine"})
+    assert ready(answer) == ready(knows.client.get("/queues"))
+    assert ready(answer)["pizza"] == 7
+    assert passed(503) == before + 1
+    assert h1.events[-1]["passed_on"] == "h3"
+    assert mute.events[-1]["request_id"] == knows.events[-2]["request_id"] == "mine"
+
+
+def test_the_own_broker_is_asked_alone_where_it_answers(
+    make: Callable[..., Host], owner: FakeDoor, api: str
+) -> None:
+    h1 = make("h1", {"h2": owner.https.url}, url=api)
+    assert ready(h1.client.get("/queues"))["pizza"] == 7
+    assert owner.asked == []
+    assert "passed_on" not in h1.events[-1]
+
+
+def test_a_question_is_passed_on_with_the_client_s_token_and_to_one_door_only(
+    h1: Host, owner: FakeDoor
+) -> None:
+    owner.body = b'{"queues": []}'
+    assert ready(h1.client.get("/queues", headers={"Authorization": "Bearer x"})) == {}
+    (asked,) = owner.asked
+    assert (asked["REQUEST_METHOD"], asked["PATH_INFO"]) == ("GET", "/queues")
+    assert asked["HTTP_AUTHORIZATION"] == "Bearer x"
+    assert asked["HTTP_X_STACK_HOP"] == asked["HTTP_X_STACK_DOOR"] == "h1"
+    told(h1.client.get("/queues", headers={"X-Stack-Door": "h2"}), 503)
+    assert len(owner.asked) == 1
+
+
+@pytest.mark.parametrize("fault", ["status", "size", "silence", "end"])
+def test_where_no_door_tells_of_the_queues_the_own_reason_is_told(
+    h1: Host, owner: FakeDoor, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(elsewhere, "LOOK_TIMEOUT", 0.3)
+    if fault == "status":
+        owner.status = 403
+    elif fault == "size":
+        owner.body = b" " * 20_000
+    elif fault == "silence":
+        owner.prompt.clear()
+    else:
+        owner.https.stop()
+    answer = h1.client.get("/queues")
+    told(answer, 503)
+    assert "set RABBITMQ_MANAGEMENT_URL" in answer.text
+    assert h1.events[-1]["passed_on"] == "h2"
+
+
 # Connections and memory.
 
 
@@ -664,6 +741,7 @@ def test_without_memory_nothing_is_passed_on(make: Callable[..., Host], owner: F
     h1 = make("h1", {"h2": owner.https.url})
     h1.client.application.wsgi_app = small(h1.client.application.wsgi_app)
     assert told(h1.post("ack", "h2.a"), 503) == {}
+    assert told(h1.client.get("/queues"), 503) == {}
     assert owner.asked == []
 
 
