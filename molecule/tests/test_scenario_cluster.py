@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from cluster import HOSTS, Cluster, of_hosts, outside
+from cluster import HOSTS, QUEUE, Cluster, of_hosts, outside
 from conftest import Guarded, eventually
 from load import PUBLISHER, SUBSCRIBER, load, rate
 
