@@ -420,6 +420,8 @@ def test_what_gnu_tar_makes_of_any_folder_of_data_is_taken(archives: Any, tmp_pa
         ({"format": "other"}, "another format"),
         ({"version": 2}, "has the format 2; this version of the project reads 1"),
         ({"node": None}, "without node"),
+        ({"nodes": "broker1"}, "whose nodes are no list"),
+        ({"nodes": [1]}, "whose nodes are no list"),
         ({"members": {}}, "members are not as"),
         ({"members": [{"name": "definitions.json", "size": -1, "sha256": ""}]}, "members are not"),
         ({"members": [{"name": "definitions.json", "size": True, "sha256": ""}]}, "members are"),

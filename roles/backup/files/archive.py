@@ -205,6 +205,10 @@ def judge(text: bytes) -> dict[str, Any]:
     for name in ("stack_name", "host", "node", "time"):
         if not isinstance(manifest.get(name), str):
             raise ArchiveError(f"has a manifest without {name}")
+    # The hosts of a cluster.
+    nodes = manifest.get("nodes", [])
+    if not isinstance(nodes, list) or not all(isinstance(name, str) for name in nodes):
+        raise ArchiveError("has a manifest whose nodes are no list of names")
     members = manifest.get("members")
     if not isinstance(members, list) or not all(map(well_formed, members)):
         raise ArchiveError("has a manifest whose members are not as `make backup` writes them")
