@@ -7,8 +7,8 @@ import time
 
 import pytest
 from cluster import HOSTS, QUEUE, Cluster, of_hosts, outside
-from conftest import INVENTORY, Guarded, eventually
-from load import PUBLISHER, SUBSCRIBER, Sender, load, rate
+from conftest import Guarded, eventually
+from load import PUBLISHER, SUBSCRIBER, load, rate
 
 # What no chain of iptables has.
 WRONG = {("INPUT", "-o"), ("OUTPUT", "-i")}
@@ -213,31 +213,3 @@ def test_every_broker_is_changed_in_turn(cluster: Cluster, turn: int) -> None:
         assert done.returncode == 0, done.stdout[-3000:]
         cluster.wait_until_whole()
     assert clients.stall() <= 3
-
-
-# The last one: it begins anew.
-def test_a_backup_is_taken_while_the_doors_serve_and_comes_back_to_hosts_that_have_nothing(
-    cluster: Cluster,
-) -> None:
-    first, wanted = cluster.first, [str(number) for number in range(1000)]
-    lines = "\n".join(map(json.dumps, wanted))
-    sent = first.http(PUBLISHER, f"/queues/{QUEUE}/batch", "--data-binary", lines)
-    assert sent.json == {"sent": len(wanted)}
-    senders = [Sender(cluster, place, "audit") for place in range(len(HOSTS))]
-    for sender in senders:
-        sender.start()
-    done = first.playbook("backup")
-    for sender in senders:
-        sender.over.set()
-        sender.join()
-    assert done.returncode == 0, done.stdout[-3000:]
-    print(f"\nstalls while a backup is taken: {[round(one.stall(), 1) for one in senders]}")
-    assert max(sender.stall() for sender in senders) <= 3
-    archive = max(INVENTORY.glob("backups/*.tar.gz"))
-    for name in "clean", "restore":
-        done = first.playbook(name, "--extra-vars", json.dumps({"backup_file": str(archive)}))
-        assert done.returncode == 0, done.stdout[-3000:]
-    cluster.wait_until_whole()
-    other = cluster.hosts[HOSTS[1]]
-    got = other.http(SUBSCRIBER, f"/queues/{QUEUE}/messages?max=1000&wait=5")
-    assert [json.loads(line)["body"] for line in got.text.splitlines()] == wanted

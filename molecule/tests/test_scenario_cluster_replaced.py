@@ -1,4 +1,4 @@
-"""A new host in place of one that is gone for good: the last test, as the others know three."""
+"""What changes which hosts there are: the last tests, as the others know three."""
 
 import json
 from collections.abc import Iterator
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cluster import HOSTS, of_hosts, outside
+from cluster import HOSTS, QUEUE, of_hosts, outside
 from conftest import INVENTORY
-from load import load
+from load import PUBLISHER, SUBSCRIBER, load
 
 GONE, NEW = HOSTS[-1], (*HOSTS[:-1], "broker4")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def inventory() -> Iterator[Path]:
     """Return an inventory beside the scenario's own, with the new host."""
     hosts: dict[str, dict[str, str]] = {name: {} for name in NEW}
@@ -35,3 +35,24 @@ def test_a_host_is_replaced(inventory: Path) -> None:
     assert clients.stall() <= 3
     members = {tuple(sorted(queue["members"])) for queue in after.api("/queues?columns=members")}
     assert members == {tuple(f"rabbit@{name}" for name in NEW)}
+
+
+def test_a_backup_is_taken_while_the_doors_serve_and_comes_back(inventory: Path) -> None:
+    cluster = of_hosts(NEW)
+    first, wanted = cluster.first, [str(number) for number in range(1000)]
+    lines = "\n".join(map(json.dumps, wanted))
+    sent = first.http(PUBLISHER, f"/queues/{QUEUE}/batch", "--data-binary", lines)
+    assert sent.json == {"sent": len(wanted)}
+    with load(cluster, "backup", "audit") as clients:
+        done = first.playbook("backup", inventory=inventory)
+        assert done.returncode == 0, done.stdout[-3000:]
+    assert clients.stall() <= 3
+    done = first.playbook("clean", inventory=inventory)
+    assert done.returncode == 0, done.stdout[-3000:]
+    # Onto one host, which could grow again.
+    back = {"backup_file": str(next(INVENTORY.glob("backups/*.tar.gz"))), "stack_nodes": NEW[:1]}
+    more = (f"--limit={NEW[0]}", "--extra-vars", json.dumps(back))
+    done = first.playbook("restore", *more, inventory=inventory)
+    assert done.returncode == 0, done.stdout[-3000:]
+    got = first.http(SUBSCRIBER, f"/queues/{QUEUE}/messages?max=1000&wait=5")
+    assert [json.loads(line)["body"] for line in got.text.splitlines()] == wanted
