@@ -1091,9 +1091,65 @@ def test_hosts_that_have_the_stack_are_changed_one_after_the_other(filters: Any)
 NODES = ["h1", "h2", "h3"]
 
 
+def test_groups_choose_hosts_of_a_cluster_and_nothing_of_a_single_host(filters: Any) -> None:
+    chosen = filters["stack_chosen"]
+    groups = {"doors": ["h3", "h9", "h1"], "monitoring": ["h9"]}
+    assert chosen(groups, "doors", NODES) == ["h1", "h3"]
+    assert chosen(groups, "monitoring", NODES) == []
+    assert chosen({}, "doors", NODES) == NODES
+    assert chosen(groups, "doors", ["h2"]) == ["h2"]
+
+
+def test_a_host_has_the_containers_that_are_not_for_others(filters: Any) -> None:
+    catalogue = {"rabbitmq": {}, "publisher": {"hosts": ["h1", "h3"]}, "front": {}}
+
+    def names(host: str, guarded: bool = True) -> str:
+        return " ".join(filters["stack_containers"](catalogue, host, NODES, guarded))
+
+    assert names("h1") == names("h3") == "rabbitmq publisher front"
+    assert names("h2") == "rabbitmq front"
+    assert names("h2", guarded=False) == "rabbitmq"
+    # Where images are built, which is no host of the stack.
+    assert names("localhost") == "rabbitmq publisher front"
+
+
+def test_a_container_is_scraped_where_it_runs(filters: Any) -> None:
+    catalogue = {
+        "rabbitmq": {"scrapes": [{"port": 1, "published": "m"}]},
+        "web": {"scrapes": [{"port": 2, "published": "w"}], "hosts": ["h1"]},
+    }
+
+    def targets(host: str) -> list[tuple[str, str]]:
+        others = [{"name": name} for name in NODES if name != host]
+        configs = filters["monitoring_cluster_scrapes"](
+            catalogue, "/p", host, others, {"m": 15, "w": 9}
+        )
+        return [
+            (config["job_name"], target)
+            for config in configs
+            for static in config["static_configs"]
+            for target in static["targets"]
+        ]
+
+    brokers = [
+        ("rabbitmq", "rabbitmq:1"),
+        ("rabbitmq_others", "h2:15"),
+        ("rabbitmq_others", "h3:15"),
+    ]
+    assert targets("h1") == [*brokers, ("web", "web:2")]
+    assert targets("h2")[-2:] == [("rabbitmq_others", "h3:15"), ("web_others", "h1:9")]
+
+
 def told(**more: Any) -> dict[str, Any]:
     """Return what a host without an address of its own and without data tells."""
-    common = {"nodes": NODES, "address": "", "addresses": [""], "binds": {}, "tls": True}
+    common = {
+        "nodes": NODES,
+        "groups": {},
+        "address": "",
+        "addresses": [""],
+        "binds": {},
+        "tls": True,
+    }
     return {"__preflight_told": common | {"node": "", "same": {}, "version": ""} | more}
 
 
@@ -1189,6 +1245,12 @@ def test_hosts_that_fit_are_one_cluster(filters: Any) -> None:
 def test_hosts_that_do_not_fit_are_named(filters: Any, second: Any, words: str) -> None:
     [fault] = cluster_faults(filters, **second)
     assert words in fault
+
+
+def test_a_group_without_any_of_the_hosts_is_named(filters: Any) -> None:
+    hosts = {name: told(groups={"doors": ["h2"], "monitoring": []}) for name in NODES}
+    fault = faults_of(filters, hosts=hosts)[0]
+    assert fault.startswith("The group monitoring of the inventory has none of stack_nodes, [h1,")
 
 
 def test_two_hosts_with_one_address_are_named(filters: Any) -> None:

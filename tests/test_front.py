@@ -222,6 +222,17 @@ def test_what_came_from_another_host_goes_no_further_and_metrics_do_not_either(
     assert there == "there"
 
 
+def test_a_host_without_doors_passes_requests_on(
+    images: dict[str, str], cluster: dict[str, str]
+) -> None:
+    # Of its own doors such a host has addresses at which nobody is.
+    nobody = re.sub("127.0.0.9:700.", "127.0.0.1:1", cluster["haproxy.cfg"])
+    script = "until_told h2; for n in 1 2 3 4; do ask /x; done; drain maint; drain ready; ask /x"
+    answers = told(images["front"], cluster | {"haproxy.cfg": nobody}, script)
+    assert {line.split()[0] for line in answers} == {"200"}
+    assert {line.split()[1] for line in answers} == {"h2", "h3"}
+
+
 def test_another_front_hears_whether_the_own_door_takes_requests(
     images: dict[str, str], cluster: dict[str, str]
 ) -> None:

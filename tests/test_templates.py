@@ -176,6 +176,49 @@ def test_the_front_speaks_tls_at_every_published_port_or_at_none(
     assert {how.split()[0] for how in tls.values()} == {"ssl"}
 
 
+def test_groups_say_which_hosts_have_doors_and_monitoring(
+    rendered: Rendered, tmp_path: Path
+) -> None:
+    """On the first of three hosts, broker1, which has the monitoring alone and no doors."""
+    names = ["broker1", "broker2", "broker3"]
+    values = {"stack_tls": "own", "stack_secrets_dir": str(rendered.secrets), "stack_nodes": names}
+    values["stack_others"] = [
+        {"name": name, "address": f"192.0.2.{name[-1]}"} for name in names[1:]
+    ]
+    narrow = {"stack_doors": ["broker3"], "stack_monitors": ["broker1"]}
+
+    def found(texts: dict[str, str]) -> list[Any]:
+        servers = re.findall(r"^  server (?:broker|own)\S* (\S+)", texts["front/haproxy.cfg"], re.M)
+        prometheus = yaml.safe_load(texts["prometheus/prometheus.yml"])
+        (managers,) = prometheus["alerting"]["alertmanagers"]
+        jobs = yaml.safe_load(texts["prometheus/scrape/stack.yml"])["scrape_configs"]
+        return [
+            servers,
+            managers["static_configs"][0]["targets"],
+            [
+                target
+                for job in jobs
+                if re.match("publisher|prometheus", job["job_name"])
+                for static in job["static_configs"]
+                for target in static["targets"]
+            ],
+        ]
+
+    own = ["publisher:5000", "subscriber:5001"]
+    every = [f"192.0.2.{host}:{port}" for port in (5000, 5001) for host in (2, 3)]
+    assert found(render(tmp_path, **values)) == [
+        [own[0], *every[:2], own[0], own[1], *every[2:], own[1]],
+        ["alertmanager:9093", "broker2:9093", "broker3:9093"],
+        [own[0], "broker2:5000", "broker3:5000", "prometheus:9090", "broker2:9090", "broker3:9090"],
+    ]
+    nobody = "127.0.0.1:1"
+    assert found(render(tmp_path, **values, **narrow)) == [
+        [nobody, "192.0.2.3:5000", nobody, nobody, "192.0.2.3:5001", nobody],
+        ["alertmanager:9093"],
+        ["broker3:5000", "prometheus:9090"],
+    ]
+
+
 def test_the_front_lets_both_users_of_the_monitoring_in(rendered: Rendered) -> None:
     expected = {
         hashlib.sha256(base64.b64encode(f"{user}:{password}".encode())).hexdigest().upper()

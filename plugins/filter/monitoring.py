@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import PurePosixPath
@@ -105,25 +105,28 @@ def monitoring_cluster_scrapes(
     containers: Mapping[str, Any],
     folder: str,
     host: str,
-    others: Iterable[Mapping[str, str]],
+    others: Collection[Mapping[str, str]],
     ports: Mapping[str, object],
     name: str = "",
 ) -> list[dict[str, Any]]:
     """Return the scrape_configs for host's containers and, by their published ports, for others.
 
-    In every Prometheus of the cluster a target has the same labels, so that an alert has, too.
+    A container that names its hosts is scraped there alone. In every Prometheus of the cluster a
+    target has the same labels, so that an alert has, too.
     ports are the published ones by their variables, others is stack_others. The rest is as
     monitoring_client has it.
     """
     client = monitoring_client(folder, True, True, name)
-    known = [scrape for one in containers.values() for scrape in one.get("scrapes", [])]
+    known = [(one, scrape) for one in containers.values() for scrape in one.get("scrapes", [])]
     own = monitoring_scrapes(containers, folder, True, True, name)
     configs = []
-    for config, scrape in zip(own, known, strict=True):
+    for config, (container, scrape) in zip(own, known, strict=True):
+        hosts = container.get("hosts", [host, *(one["name"] for one in others)])
         job, (static,) = config["job_name"], config["static_configs"]
         port = ports[scrape["published"]] if "published" in scrape else scrape["port"]
         static["labels"] = {"host": host, "instance": f"{host}:{port}"}
-        configs.append(config)
+        if host in hosts:
+            configs.append(config)
         if "published" in scrape:
             targets = [
                 {
@@ -131,12 +134,13 @@ def monitoring_cluster_scrapes(
                     "labels": {"host": one["name"], "job": job},
                 }
                 for one in others
+                if one["name"] in hosts
             ]
             asked = {
                 key: deepcopy(config[key]) for key in ("metrics_path", "params") if key in config
             }
             more = {"job_name": f"{job}_others", "scheme": "https", "static_configs": targets}
-            configs.append(asked | deepcopy(client) | more)
+            configs += [asked | deepcopy(client) | more] if targets else []
     return configs
 
 

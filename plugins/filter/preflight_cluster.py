@@ -104,6 +104,12 @@ def _told_faults(told: Hosts) -> Iterator[str]:
         return {name: reduce(getitem, path, one) for name, one in told.items()}
 
     first, addresses = next(iter(told.values())), all_of("address")
+    for group, names in first["groups"].items():
+        if not names:
+            yield (
+                f"The group {group} of the inventory has none of stack_nodes, {_text([*told])}; "
+                "name at least one of them there, or remove the group for all of them."
+            )
     yield from _address_faults(addresses, all_of("addresses"))
     yield from _twice("stack_cluster_address", addresses)
     for name in first["binds"]:

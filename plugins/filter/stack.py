@@ -50,9 +50,41 @@ def stack_turns(
     return {name: having.index(name) if name in having else 0 for name in nodes}
 
 
+def stack_chosen(
+    groups: Mapping[str, Sequence[str]], group: str, nodes: Sequence[str]
+) -> list[str]:
+    """Return those of nodes that the inventory's group has; all where there is no such group.
+
+    A single host is all that there is, whatever its groups.
+    """
+    chosen = groups.get(group, nodes) if len(nodes) > 1 else nodes
+    return [name for name in nodes if name in chosen]
+
+
+def stack_containers(
+    catalogue: Mapping[str, Mapping[str, Any]], host: str, nodes: Sequence[str], guarded: bool
+) -> dict[str, Mapping[str, Any]]:
+    """Return the containers of catalogue that host runs, one of nodes; the front where guarded.
+
+    What does not name its hosts is run by all.
+    """
+    return {
+        name: container
+        for name, container in catalogue.items()
+        if (guarded or name != "front")
+        and (host not in nodes or host in container.get("hosts", nodes))
+    }
+
+
 class FilterModule:
     """What Ansible loads."""
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"stack_others": stack_others, "stack_turns": stack_turns, "stack_url": stack_url}
+        return {
+            "stack_chosen": stack_chosen,
+            "stack_containers": stack_containers,
+            "stack_others": stack_others,
+            "stack_turns": stack_turns,
+            "stack_url": stack_url,
+        }
