@@ -34,7 +34,7 @@ chmod +x /opt/ahead/python3
 # them it saw, and how many packets there were.
 RECORD = """
 import json, pathlib, socket, sys, time
-marks, end = [mark.encode() for mark in json.loads(sys.argv[1])], time.monotonic() + 180
+marks, end = [mark.encode() for mark in json.loads(sys.argv[1])], time.monotonic() + 120
 wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
 wire.setsockopt(socket.SOL_SOCKET, 33, 1 << 26) # SO_RCVBUFFORCE
 wire.bind(("eth0", 0))
@@ -162,10 +162,14 @@ def epmd(address: str, ask: bytes) -> bytes:
 def test_a_stranger_without_a_certificate_is_refused_between_brokers_and_alertmanagers(
     cluster: Cluster, port: int
 ) -> None:
-    part = {25672: "rabbitmq", 9094: "alertmanager"}[port]
+    # Erlang's own word for it, and that of all others.
+    part, why = {
+        25672: ("rabbitmq", "SSLV3_ALERT_HANDSHAKE_FAILURE"),
+        9094: ("alertmanager", "TLSV13_ALERT_CERTIFICATE_REQUIRED"),
+    }[port]
     for name in HOSTS:
         address = cluster.address(name)
-        assert greeted(address, port) == "TLSV13_ALERT_CERTIFICATE_REQUIRED"
+        assert greeted(address, port) == why
         files = [cluster.first.secrets / f"tls_{name}_{part}{end}.pem" for end in ("", "_key")]
         assert greeted(address, port, *files) == "let in"
 
@@ -226,7 +230,7 @@ def test_nobody_between_the_hosts_reads_a_message_or_a_password(cluster: Cluster
     marks = [body, "Watchdog", *secrets(first), end]
     with recorded(cluster, marks) as found:
         since = time.time()
-        assert first.send(body).text == json.dumps({"Message sent": body}) + "\n"
+        assert first.send(body).status == 201
         got = second.http(SUBSCRIBER, "/receive?ack=manual&wait=5")
         assert got.text == f"{body}\n"
         receipt = json.dumps({"receipt": got.headers["x-receipt"]})
