@@ -214,11 +214,11 @@ class Stack:
 
     def starts(self) -> dict[str, str]:
         """Return when each container was started, which a container left alone keeps."""
-        names = self.docker("ps", "--all", "--format", "{{.Names}}").split()
-        return {
-            name: self.docker("inspect", "--format", "{{.Id}} {{.State.StartedAt}}", name)
-            for name in names
-        }
+        form = "{{.Name}} {{.Id}} {{.State.StartedAt}}"
+        ids = self.docker("ps", "--all", "--quiet").split()
+        lines = self.docker("inspect", "--format", form, *ids).splitlines() if ids else []
+        told = (line.removeprefix("/").partition(" ") for line in lines)
+        return {name: start for name, _, start in told}
 
     def playbook(
         self, name: str, *args: str, inventory: Path = INVENTORY
