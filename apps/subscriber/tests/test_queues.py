@@ -277,6 +277,9 @@ def test_an_answer_that_comes_after_the_channel_was_given_up_is_nobody_s(
     rabbit.publish(b"a", queue="pizza")
     again = get(client, PIZZA)
     wire.answer(1)  # the new channel is open, and its get on the way
+    with gevent.Timeout(5):
+        while not wire.answers:
+            gevent.sleep(0.01)
     (answer,) = wire.answers
     wire.answers.clear()
     wire.peer.say(old, Basic.GetEmpty())
