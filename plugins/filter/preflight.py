@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible_collections.message_broker.stack.plugins.plugin_utils.stack import is_own
 
 PROGRAM = "ansible"
 # What the engine tells of a container or a volume: GET /containers/json, GET /volumes.
@@ -18,7 +19,7 @@ def preflight_own(containers: Iterable[Item], stack: str) -> dict[str, Item]:
     return {
         container["Names"][0].removeprefix(f"/{stack}-"): container
         for container in containers
-        if _is_own(container, stack)
+        if is_own(container, stack)
     }
 
 
@@ -32,27 +33,23 @@ def preflight_foreign(
             f"{name[1:]} (container of image {container['Image']})"
             for container in containers
             for name in container["Names"]
-            if name[1:] in wanted and not _is_own(container, stack)
+            if name[1:] in wanted and not is_own(container, stack)
         ),
         *(
             f"{volume['Name']} (volume at {volume['Mountpoint']})"
             for volume in volumes
-            if volume["Name"] in wanted and not _is_own(volume, stack)
+            if volume["Name"] in wanted and not is_own(volume, stack)
         ),
     ]
 
 
 def preflight_there(host: Mapping[str, Iterable[Item]], stack: str) -> list[str]:
     """Return what of host, which is what host_info tells, carries the stack's label."""
-    containers = [item for item in host["containers"] if _is_own(item, stack)]
+    containers = [item for item in host["containers"] if is_own(item, stack)]
     return [
         *(f"container {item['Names'][0].removeprefix('/')}" for item in containers),
-        *(f"volume {item['Name']}" for item in host["volumes"] if _is_own(item, stack)),
+        *(f"volume {item['Name']}" for item in host["volumes"] if is_own(item, stack)),
     ]
-
-
-def _is_own(item: Item, stack: str) -> bool:
-    return (item.get("Labels") or {}).get("message-broker-stack") == stack
 
 
 def preflight_unknown(names: Iterable[str], folder: str) -> list[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ansible_collections.message_broker.stack.plugins.plugin_utils.stack import is_own
+
 
 def stack_url(address: str, port: object, tls: bool, names: Sequence[str] = ()) -> str:
     """Return the URL by which users reach port, published on address of their host.
@@ -43,8 +45,7 @@ def stack_turns(
         name
         for name in nodes
         if any(
-            container["Labels"].get("message-broker-stack") == stack
-            for container in hostvars[name]["preflight_host"]["containers"]
+            is_own(container, stack) for container in hostvars[name]["preflight_host"]["containers"]
         )
     ]
     return {name: having.index(name) if name in having else 0 for name in nodes}
