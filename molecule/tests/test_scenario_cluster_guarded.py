@@ -252,12 +252,32 @@ def test_nobody_between_the_hosts_reads_a_message_or_a_password(cluster: Cluster
         assert packets > 1000, name
 
 
+def test_a_front_that_a_cut_off_run_left_without_its_doors_uses_them_again(
+    cluster: Cluster,
+) -> None:
+    def front(words: str) -> str:
+        ask = 'exec 3<>/dev/tcp/127.0.0.1/8406; echo "$0" >&3; cat <&3'
+        return host.docker("exec", host.container("front"), "bash", "-c", ask, words)
+
+    def left_out() -> bool:
+        servers = front("show stat -1 4 -1")
+        return bool(re.search("^any_publisher,own_ready,.*,MAINT,", servers, re.MULTILINE))
+
+    host = cluster.hosts[LAST]
+    front("set server any_publisher/own_ready state maint")
+    assert left_out()
+    done = cluster.first.playbook("site", "--tags", "front")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert not left_out()
+
+
 @dataclass
 class Sent:
     """What the Alertmanagers of all hosts have sent; who is killed loses the files with it."""
 
     cluster: Cluster
     _lines: set[tuple[str, str]] = field(default_factory=set)
+    _before: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         """Begin now."""
