@@ -57,7 +57,7 @@ by-hosts:
 
 # The bare machine first, of which times are measured: meanwhile the other lane takes a single core.
 beside:
-	$(MAKE) --keep-going --jobs=1 --old-file=test-host test-bare unit-python > .venv/$@.log 2>&1
+	$(MAKE) --keep-going --jobs=1 --old-file=test-host test-bare molecule-cluster unit-python > .venv/$@.log 2>&1
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
@@ -81,7 +81,7 @@ BY_ENGINE = tests/test_alerts.py tests/test_front.py tests/test_image_source.py
 unit-engine: .venv/.test test-host
 	$(PYTEST) $(BY_ENGINE)
 
-# One after the other: the hosts of default and next have the same names. `make test` has no time for the cluster yet.
+# One after the other: the hosts of default and next have the same names.
 SCENARIO ?= default next cluster
 molecule:
 	$(MAKE) --keep-going --jobs=1 $(addprefix molecule-,$(SCENARIO))
