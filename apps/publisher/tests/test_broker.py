@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -15,8 +16,8 @@ from pika.exceptions import (
     ConnectionWrongStateError,
     StreamLostError,
 )
-from pika.frame import Method
-from pika.spec import Basic, BasicProperties
+from pika.frame import Method, decode_frame
+from pika.spec import FRAME_END_SIZE, FRAME_HEADER_SIZE, Basic, BasicProperties
 from pika.spec import Connection as ConnectionMethods
 from publisher.broker import Broker, Unconfirmed
 from publisher.message import Message, Target
@@ -25,8 +26,19 @@ from publisher.settings import Settings
 DEADLINE = 3  # seconds any promise may take
 
 
+def frames(data: bytes) -> Iterator[Any]:
+    """Read frames as pika does."""
+    start = 0
+    while start < len(data):
+        size = FRAME_HEADER_SIZE + int.from_bytes(data[start + 3 : start + 7]) + FRAME_END_SIZE
+        yield decode_frame(data[start : start + size])[1]
+        start += size
+
+
 class Connection:
     """Opens channels, unless it is slow, and closes those that publish to a missing exchange."""
+
+    params = SimpleNamespace(frame_max=131072)
 
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
@@ -63,6 +75,15 @@ class Connection:
         yield
         self.pieces.append(len(self.bodies) - before)
 
+    def publish(self, channel: "Channel", data: bytes) -> None:
+        found = list(frames(data))
+        while found:
+            method, header = found.pop(0).method, found.pop(0)
+            body = b""
+            while len(body) < header.body_size:
+                body += found.pop(0).fragment
+            channel.publish(method, body, header.properties)
+
     def add_on_connection_blocked_callback(self, callback: Any) -> None:
         self._blocked = callback
 
@@ -84,6 +105,7 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.channel_number = 1
         self.published: list[tuple[str, str, bytes, BasicProperties, bool]] = []
         self.broken = self.closed = False
 
@@ -101,15 +123,14 @@ class Channel:
         self._confirmed = ack_nack_callback
         self.confirms_on = callback
 
-    def basic_publish(
-        self, exchange: str, key: str, body: bytes, properties: BasicProperties, mandatory: bool
-    ) -> None:
+    def publish(self, method: Basic.Publish, body: bytes, properties: BasicProperties) -> None:
         if self.broken or self.closed:
             raise ChannelWrongStateError("closed")
-        self.published.append((exchange, key, body, properties, mandatory))
+        message = method.exchange, method.routing_key, body, properties, method.mandatory
+        self.published.append(message)
         self.connection.bodies.append(body)
-        if exchange in self.connection.missing:
-            gevent.get_hub().loop.run_callback(self.refuse, f"no exchange '{exchange}'")
+        if method.exchange in self.connection.missing:
+            gevent.get_hub().loop.run_callback(self.refuse, f"no exchange '{method.exchange}'")
 
     def refuse(self, text: str, code: int = 404) -> None:
         """Close as the broker does, once."""
@@ -166,7 +187,7 @@ def make() -> Iterator[Make]:
 
 
 def message(body: bytes) -> Message:
-    return Message(body, f"id of {body!r}")
+    return Message(body, f"id of {body[:20]!r}")
 
 
 def send(broker: Broker, *bodies: bytes, to: Target = QUEUE) -> Greenlet:
