@@ -3,12 +3,15 @@
 import json
 import time
 import uuid
+from collections.abc import Iterator
 from io import BytesIO
 from itertools import pairwise
 
+import gevent
 import pytest
 from common.events import Event
 from door.call import Call
+from gevent import socket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from publisher import payload
@@ -85,6 +88,57 @@ def test_what_is_nested_too_deeply_is_refused_though_it_is_no_part_of_the_messag
 def test_a_batch_s_messages_have_the_ids_of_their_lines_or_new_ones() -> None:
     lines = [b'{"message": "a", "id": "mine"}', b'"b"', b'{"id": null, "message": "c"}']
     assert batch(b"\n".join(lines)) == [(b"a", "mine"), (b"b", ""), (b"c", "")]
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Return the lines that were read, each of which is a turn."""
+    turns: list[bytes] = []
+    read = payload._loads
+    monkeypatch.setattr(payload, "_loads", lambda line: [turns.append(line), read(line)][1])
+    monkeypatch.setattr(payload, "TURN", 0)
+    return turns
+
+
+Pair = tuple[socket.socket, socket.socket]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    """Return two sockets that are connected."""
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def test_what_arrives_while_batches_are_read_is_looked_at_between_their_turns(
+    turns: list[bytes], pair: Pair
+) -> None:
+    one, other = pair
+    requests = [gevent.spawn(batch, b'"x"\n' * 500) for _ in range(3)]
+    gevent.spawn(other.send, b"x")
+    assert one.recv(1) == b"x"
+    assert len(turns) < 10
+    gevent.joinall(requests, raise_error=True)
+
+
+def test_batches_are_read_although_more_arrives_all_the_time(
+    turns: list[bytes], pair: Pair
+) -> None:
+    one, other = pair
+
+    def answer() -> None:
+        while other.recv(1):
+            other.send(b"x")
+
+    answers = gevent.spawn(answer)
+    request = gevent.spawn(batch, b'"x"\n' * 500)
+    for _ in range(50):
+        one.send(b"x")
+        one.recv(1)
+    assert len(turns) > 40
+    request.kill()
+    answers.kill()
 
 
 def test_an_id_is_a_uuid_of_version_7_that_tells_its_time() -> None:
