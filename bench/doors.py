@@ -76,8 +76,9 @@ function done(summary, latency)
     latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
 end
 """
-# The case whose messages go nowhere.
+# The case whose messages go nowhere, and the one of a single client beside those of large batches.
 NO_OP = "POST, Flask no-op, 64"
+BESIDE = "POST /data, 1, beside batches of 10,000, 6"
 # What is compared with what, the ratio that must be reached, and the one aimed at.
 REACH = [
     ("POST /data, 64", "POST, original design, 64", 25, 35),
@@ -333,7 +334,19 @@ def door_cases(publisher: App, subscriber: App) -> Cases:
         get = partial(wrk, count, f"{subscriber.address}/receive?max=1000", per=0)
         cases[f"POST /batch of 1000, {count}"] = (0, post)
         cases[f"GET /receive?max=1000, {count}"] = (30_000, get)
-    return cases
+    return cases | {BESIDE: (0, partial(beside_batches, publisher))}
+
+
+def beside_batches(publisher: App) -> Run:
+    """Measure single messages, one after the other, while six clients send batches."""
+    with ThreadPoolExecutor(1) as pool:
+        url, lines = f"{publisher.address}/batch", LINE * 10_000
+        batches = pool.submit(wrk, 6, url, lines, NDJSON, per=10_000)
+        single = wrk(1, f"{publisher.address}/data", FORM)
+    others = batches.result()
+    if not single["messages"]:  # the first answer came too late
+        single["p50"] = single["p99"] = 1e3 * SECONDS
+    return single | {what: single[what] + others[what] for what in ("messages", "empty", "failed")}
 
 
 def rounds() -> None:
@@ -445,6 +458,9 @@ def print_reached(runs: dict[str, list[Run]]) -> None:
         p50, p99 = figures(runs, name, "p50"), figures(runs, name, "p99")
         ratio = median(p99) / median(p50)
         rows.append((f"p99 to p50 of {name}", ratio, p99, p50, "< 4", 3, ratio < 4))
+    late = figures(runs, BESIDE, "p99")
+    ones = [1.0] * len(late)
+    rows.append((f"p99 of {BESIDE}, ms", median(late), late, ones, "< 100", 30, median(late) < 100))
     for what, ratio, ones, twos, bound, aim, reached in rows:
         single = [one / two for one, two in zip(ones, twos, strict=True)]
         print(

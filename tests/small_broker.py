@@ -24,7 +24,7 @@ from pika.spec import Connection as ConnectionMethods
 class SmallBroker:
     """Opens connections and channels, and confirms messages; what else it is told it keeps."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, frame_max: int = 131072) -> None:
         self.port = 0
         self.methods: list[object] = []
         # What it confirmed.
@@ -37,7 +37,7 @@ class SmallBroker:
         self._tls = {"ssl_context": tls} if tls else {}
         self._clients: list[Any] = []
         self._replies = {
-            ConnectionMethods.StartOk: ConnectionMethods.Tune(9, 131072, 0),
+            ConnectionMethods.StartOk: ConnectionMethods.Tune(9, frame_max, 0),
             ConnectionMethods.Open: ConnectionMethods.OpenOk(),
             ConnectionMethods.Close: ConnectionMethods.CloseOk(),
             ChannelMethods.Open: ChannelMethods.OpenOk(),

@@ -1,9 +1,9 @@
 # mypy: disable-error-code=no-untyped-call
 """pika: what is replaced in it, and Link, the connection to a broker, which is renewed.
 
-No other module imports pika: the others take from here what they need of it, so that a move to
-another version changes this file alone. tests/test_amqp.py fails when a version no longer calls
-what is replaced here.
+No other module but wire, which writes messages, imports pika: the others take from here what they
+need of it, so that a move to another version changes these two alone. tests/test_amqp.py and
+tests/test_wire.py fail when a version no longer does what is replaced here.
 """
 
 import logging
@@ -112,7 +112,8 @@ class JoinedConnection(GeventConnection):
     _adapter_emit_data is replaced: pika 1.4.4 gives each frame to the system alone, so a message
     is three TCP segments, and reading them costs the broker more than the message. Connection
     sends by that method all that it has marshaled. _transport and _terminate_stream are used, as
-    there is no public way to see what is unwritten, and none to end without a handshake.
+    there is no public way to see what is unwritten, and none to end without a handshake; and
+    _raise_if_not_open and _output_marshaled_frames, as there is none to send what door.wire wrote.
     """
 
     _parts: list[bytes] | None = None
@@ -128,6 +129,11 @@ class JoinedConnection(GeventConnection):
             self._parts = None
             if parts:
                 super()._adapter_emit_data(b"".join(parts))
+
+    def publish(self, channel: Channel, frames: bytes) -> None:
+        """Send the frames of messages by channel; ChannelWrongStateError when it is closed."""
+        channel._raise_if_not_open()
+        self._output_marshaled_frames([frames])
 
     @property
     def unwritten(self) -> int:

@@ -19,8 +19,13 @@ from door.metrics import BROKER_UP
 from door.settings import BrokerSettings
 from pika.adapters.gevent_connection import GeventConnection
 from pika.channel import Channel
-from pika.exceptions import ChannelClosedByBroker, StreamLostError, UnsupportedAMQPFieldException
-from pika.frame import Method, decode_frame
+from pika.exceptions import (
+    ChannelClosedByBroker,
+    ChannelWrongStateError,
+    StreamLostError,
+    UnsupportedAMQPFieldException,
+)
+from pika.frame import Heartbeat, Method, decode_frame
 from pika.spec import Channel as ChannelMethods
 from pika.spec import Connection as ConnectionMethods
 from small_broker import SmallBroker
@@ -135,6 +140,22 @@ def test_what_a_block_sends_leaves_in_one_piece_at_its_end(
 def test_a_block_that_sends_nothing_sends_nothing(channel: Channel, sent: list[bytes]) -> None:
     with channel.connection.joined():
         pass
+    assert sent == []
+
+
+def test_frames_that_are_written_already_leave_like_all_others(
+    channel: Channel, sent: list[bytes]
+) -> None:
+    connection, frame = channel.connection, Heartbeat().marshal()
+    connection.publish(channel, frame)
+    with connection.joined():
+        connection.publish(channel, 2 * frame)
+        connection.publish(channel, 3 * frame)
+    assert sent == [frame, 5 * frame]
+    channel.close()
+    sent.clear()
+    with pytest.raises(ChannelWrongStateError):
+        connection.publish(channel, frame)
     assert sent == []
 
 

@@ -244,7 +244,7 @@ class Broker(Link):
                 served, _ = self._serve(self._begun, count - taken, size - sent)
                 # A large new message may have used up the flush.
                 self._owed = waited and not served
-        except Exception as error:  # whatever it was, the tags need no longer be pika's
+        except Exception as error:  # whatever it was, the tags
             self.drop(error)
         self._flush_soon()
 
@@ -258,13 +258,10 @@ class Broker(Link):
             sending = waiting.popleft()
             if sending.done.is_set():  # its request gave up
                 continue
-            outlet, turn = sending.outlet, 0
-            for _ in range(min(MAX_TURN, most - count)):
-                turn += outlet.send(sending)
-                count += 1
-                if sending.sent == len(sending.messages) or turn >= MAX_TURN_BYTES:
-                    break
-            total += turn
+            turn = min(MAX_TURN, most - count)
+            sent, sent_bytes = sending.outlet.send(sending, turn, MAX_TURN_BYTES)
+            count += sent
+            total += sent_bytes
             if sending.sent < len(sending.messages):
                 self._begun.append(sending)
         return count, total

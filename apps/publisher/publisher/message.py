@@ -1,17 +1,17 @@
 """What is published, and where it goes."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """What is published: body, id, content type and encoding (None: not told), and headers."""
 
     body: bytes
     id: str
     content_type: str | None = "text/plain"
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     content_encoding: str | None = None
 
 

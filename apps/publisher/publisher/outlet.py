@@ -12,15 +12,8 @@ from itertools import takewhile
 from typing import Any, Protocol
 
 from door.access import CLIENT_HEADER
-from door.amqp import (
-    PERSISTENT_DELIVERY_MODE,
-    AMQPError,
-    Basic,
-    BasicProperties,
-    Channel,
-    ChannelClosedByBroker,
-    Method,
-)
+from door.amqp import AMQPError, Basic, BasicProperties, Channel, ChannelClosedByBroker, Method
+from door.wire import Wire
 from gevent.event import Event
 
 from publisher.message import Message, Target
@@ -131,8 +124,11 @@ class Outlet:
         # no delivery tag: every message in flight with that id and key counts as returned.
         self._returned: dict[tuple[str, str], tuple[str, int]] = {}
         self._tag = 0
+        self._connection = connection
         self._channel: Channel = connection.channel(on_open_callback=self._opened)
         self._channel.add_on_close_callback(self._closed)
+        frame_max = connection.params.frame_max
+        self._wire = Wire(self._channel.channel_number, exchange, frame_max)
 
     @property
     def proved(self) -> bool:
@@ -143,33 +139,27 @@ class Outlet:
         """Whether the broker owes an answer, and confirmed nothing since (time.monotonic())."""
         return self._heard < since and (not self.ready or bool(self._unconfirmed))
 
-    def send(self, sending: Sending) -> int:
-        """Send the next message of sending; return its bytes."""
-        index = sending.sent
-        message = sending.messages[index]
-        size = len(message.body)
-        sending.sent += 1
-        self._tag += 1
-        self._unconfirmed[self._tag] = sending, index
-        in_flight = self._in_flight
-        in_flight.messages += 1
-        in_flight.size += size
-        self._channel.basic_publish(
-            self.exchange,
-            sending.target.key,
-            message.body,
-            BasicProperties(
-                content_type=message.content_type,
-                content_encoding=message.content_encoding,
-                delivery_mode=PERSISTENT_DELIVERY_MODE,
-                message_id=message.id,
-                headers=message.headers,
-                # The word of the publisher, which the broker checks, for the client's name.
-                user_id=self._user if CLIENT_HEADER in message.headers else None,
-            ),
-            mandatory=True,
-        )
-        return size
+    def send(self, sending: Sending, most: int, size: int) -> tuple[int, int]:
+        """Send the next messages of sending; return how many, and their bytes.
+
+        They are at most most messages, and after size bytes there is no further one.
+        """
+        start, total, frames, in_flight = sending.sent, 0, [], self._in_flight
+        for index in range(start, min(start + most, len(sending.messages))):
+            if total >= size:
+                break
+            message = sending.messages[index]
+            # The word of the publisher, which the broker checks, for the client's name.
+            user = self._user if CLIENT_HEADER in message.headers else None
+            sending.sent += 1
+            self._tag += 1
+            self._unconfirmed[self._tag] = sending, index
+            in_flight.messages += 1
+            in_flight.size += len(message.body)
+            total += len(message.body)
+            frames.append(self._wire.frames(sending.target.key, *message, user))
+        self._connection.publish(self._channel, b"".join(frames))
+        return len(frames), total
 
     def fail(self, what: str) -> None:
         """Fail whose messages are sent, and who waits; late confirms may still follow."""
@@ -221,7 +211,7 @@ class Outlet:
         last = frame.method.delivery_tag
         tags = [last]
         if frame.method.multiple:
-            tags = list(takewhile(lambda tag: tag <= last, self._unconfirmed))
+            tags = list(takewhile(last.__ge__, self._unconfirmed))
         error = None if isinstance(frame.method, Basic.Ack) else "The broker refused the message."
         in_flight = self._in_flight
         for tag in tags:

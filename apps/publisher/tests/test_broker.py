@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -15,18 +16,29 @@ from pika.exceptions import (
     ConnectionWrongStateError,
     StreamLostError,
 )
-from pika.frame import Method
-from pika.spec import Basic, BasicProperties
+from pika.frame import Method, decode_frame
+from pika.spec import FRAME_END_SIZE, FRAME_HEADER_SIZE, Basic, BasicProperties
 from pika.spec import Connection as ConnectionMethods
-from publisher.broker import Broker, Unconfirmed
+from publisher.broker import MAX_FLUSH, WINDOW, Broker, Unconfirmed
 from publisher.message import Message, Target
 from publisher.settings import Settings
 
 DEADLINE = 3  # seconds any promise may take
 
 
+def frames(data: bytes) -> Iterator[Any]:
+    """Read frames as pika does."""
+    start = 0
+    while start < len(data):
+        size = FRAME_HEADER_SIZE + int.from_bytes(data[start + 3 : start + 7]) + FRAME_END_SIZE
+        yield decode_frame(data[start : start + size])[1]
+        start += size
+
+
 class Connection:
     """Opens channels, unless it is slow, and closes those that publish to a missing exchange."""
+
+    params = SimpleNamespace(frame_max=131072)
 
     def __init__(self) -> None:
         self.cut_because: Exception | None = None
@@ -63,6 +75,15 @@ class Connection:
         yield
         self.pieces.append(len(self.bodies) - before)
 
+    def publish(self, channel: "Channel", data: bytes) -> None:
+        found = list(frames(data))
+        while found:
+            method, header = found.pop(0).method, found.pop(0)
+            body = b""
+            while len(body) < header.body_size:
+                body += found.pop(0).fragment
+            channel.publish(method, body, header.properties)
+
     def add_on_connection_blocked_callback(self, callback: Any) -> None:
         self._blocked = callback
 
@@ -84,6 +105,7 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self.channel_number = 1
         self.published: list[tuple[str, str, bytes, BasicProperties, bool]] = []
         self.broken = self.closed = False
 
@@ -101,15 +123,14 @@ class Channel:
         self._confirmed = ack_nack_callback
         self.confirms_on = callback
 
-    def basic_publish(
-        self, exchange: str, key: str, body: bytes, properties: BasicProperties, mandatory: bool
-    ) -> None:
+    def publish(self, method: Basic.Publish, body: bytes, properties: BasicProperties) -> None:
         if self.broken or self.closed:
             raise ChannelWrongStateError("closed")
-        self.published.append((exchange, key, body, properties, mandatory))
+        message = method.exchange, method.routing_key, body, properties, method.mandatory
+        self.published.append(message)
         self.connection.bodies.append(body)
-        if exchange in self.connection.missing:
-            gevent.get_hub().loop.run_callback(self.refuse, f"no exchange '{exchange}'")
+        if method.exchange in self.connection.missing:
+            gevent.get_hub().loop.run_callback(self.refuse, f"no exchange '{method.exchange}'")
 
     def refuse(self, text: str, code: int = 404) -> None:
         """Close as the broker does, once."""
@@ -166,7 +187,7 @@ def make() -> Iterator[Make]:
 
 
 def message(body: bytes) -> Message:
-    return Message(body, f"id of {body!r}")
+    return Message(body, f"id of {body[:20]!r}")
 
 
 def send(broker: Broker, *bodies: bytes, to: Target = QUEUE) -> Greenlet:
@@ -479,18 +500,18 @@ def confirm_all(channel: Channel) -> None:
 
 def test_a_large_batch_leaves_in_order_and_in_pieces_between_which_others_run(make: Make) -> None:
     broker, channel = make()
-    bodies = [b"%d" % number for number in range(1234)]
+    bodies = [b"%d" % number for number in range(3 * MAX_FLUSH)]
     request = gevent.spawn(broker.publish, [message(body) for body in bodies], QUEUE)
     while not channel.published:
         gevent.sleep(0)
-    assert len(channel.published) == 500, "others run before the rest is sent"
+    assert len(channel.published) == MAX_FLUSH, "others run before the rest is sent"
     behind = send(broker, b"behind")
     confirm_all(channel)
     assert done(request, behind)
     # One flush was due already when it came.
-    assert channel.bodies.index(b"behind") in (500, 1000)
+    assert channel.bodies.index(b"behind") in (MAX_FLUSH, 2 * MAX_FLUSH)
     assert [body for body in channel.bodies if body != b"behind"] == bodies
-    assert max(channel.connection.pieces) == 500
+    assert max(channel.connection.pieces) == MAX_FLUSH
 
 
 def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> None:
@@ -503,7 +524,7 @@ def test_batches_delay_a_message_of_another_by_at_most_one_flush(make: Make) -> 
         came[body] = len(pieces)
         broker.publish([message(body)], QUEUE)
 
-    batch = [message(b"")] * 10_000
+    batch = [message(b"")] * 12 * MAX_FLUSH
     requests = [gevent.spawn(broker.publish, batch, QUEUE) for _ in range(6)]
     while not all(request.ready() for request in requests[:6]):
         assert len(pieces) < 1000
@@ -527,7 +548,7 @@ def test_batches_go_on_while_new_messages_fill_every_flush(
     make: Make, new: int, body: bytes
 ) -> None:
     broker, channel = make()
-    batch = gevent.spawn(broker.publish, [message(b"")] * 1000, QUEUE)
+    batch = gevent.spawn(broker.publish, [message(b"")] * 2 * MAX_FLUSH, QUEUE)
     gevent.sleep(0)
     singles: list[Greenlet] = []
     while not batch.ready():
@@ -542,7 +563,7 @@ def test_batches_go_on_while_new_messages_fill_every_flush(
 @pytest.mark.parametrize(
     ("bodies", "least", "most"),
     [
-        ([b""] * 5000, 1000, 1000),
+        ([b""] * 5 * WINDOW, WINDOW, WINDOW),
         ([b"x" * 1_000_000] * 20, 8, 9),
         # Larger than every bound, and sent all the same.
         ([b"x" * 16_000_000] * 3, 1, 1),
@@ -935,15 +956,16 @@ def test_the_window_is_one_for_all_exchanges(make: Make) -> None:
     broker, channel = make()
     connection = channel.connection
     requests = [
-        gevent.spawn(broker.publish, [message(b"")] * 800, target) for target in (QUEUE, TOPIC)
+        gevent.spawn(broker.publish, [message(b"")] * (WINDOW - 50), target)
+        for target in (QUEUE, TOPIC)
     ]
     gevent.idle()
-    assert len(connection.bodies) == 1000
+    assert len(connection.bodies) == WINDOW
     topic = connection.of("events")
     confirmed = len(topic.published)
     topic.ack(confirmed, multiple=True)
     gevent.idle()
-    assert len(connection.bodies) == 1000 + confirmed
+    assert len(connection.bodies) == WINDOW + confirmed
     for _ in range(3):
         confirm_all(channel)
         confirm_all(topic)
