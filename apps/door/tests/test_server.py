@@ -21,12 +21,15 @@ from typing import Any, BinaryIO
 
 import gevent
 import gevent.socket
+import h11
 import pytest
 from common.events import Event
 from door.call import Call
 from door.clients import Clients
 from door.memory import BASE, MIB, Memory
 from door.server import Body, Handler, Refused, Server, read_head
+from hypothesis import given
+from hypothesis import strategies as st
 
 DEADLINE = 5  # seconds any promise may take
 LIMIT = 512 * MIB  # bytes of the container
@@ -359,6 +362,45 @@ def test_repeated_headers_are_joined_and_a_name_passes_for_no_other() -> None:
         "HTTP_X_A": "1,2",
         "HTTP_COOKIE": "a; b",
     }
+
+
+NAMES = ["Host", "Content-Length", "content-length", "Transfer-Encoding", "X-A", "x-a", "X_A"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(NAMES) | st.text("Aa-_ \t:\0\x7f\xe9", max_size=3),
+            st.sampled_from([": ", ":", " :", ""]),
+            st.sampled_from(["1", "chunked", "+1", "x"])
+            | st.text("a1, \t\r\0\x1f\x85\xe9", max_size=3),
+        ),
+        max_size=4,
+    )
+)
+def test_whoever_reads_a_request_that_is_taken_reads_the_same(
+    headers: list[tuple[str, str, str]],
+) -> None:
+    """Else a proxy in front could take a part of its body for another request (RFC 9112, 11.2)."""
+    lines = ["POST / HTTP/1.1", "Host: x", *map("".join, headers)]
+    environ: dict[str, Any] = {}
+    try:
+        read_head(lines, environ)
+    except Refused:
+        return
+    peer = h11.Connection(h11.SERVER)
+    peer.receive_data("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
+    request: Any = peer.next_event()
+    told: dict[str, str] = {}
+    for name, value in request.headers:
+        if b"_" not in name:
+            key = name.decode().upper().replace("-", "_")
+            key = key if key.startswith("CONTENT_") else f"HTTP_{key}"
+            told[key] = (
+                f"{told[key]},{value.decode('latin-1')}" if key in told else value.decode("latin-1")
+            )
+    ours = {key: value for key, value in environ.items() if key.startswith(("HTTP_", "CONTENT_"))}
+    assert ours == told
 
 
 def test_headers_end_at_the_first_empty_line_whatever_ends_their_lines(door: Door) -> None:
