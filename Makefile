@@ -100,6 +100,7 @@ bench: .venv/.test
 	python3 bench/doors.py
 	python3 -m bench.queues
 	python3 -m bench.front
+	python3 -m bench.others
 
 # On the Docker host itself, with the ports of `make up`; takes every message of the queue.
 chaos:

@@ -1,6 +1,5 @@
 """What the sender of events promises, against a collector that can leave, hang and return."""
 
-import inspect
 import socket
 import threading
 import time
@@ -12,7 +11,6 @@ import msgpack  # type: ignore[import-untyped]
 import pytest
 from common import events
 from common.events import DROPPED, Event, Sender
-from fluent.asyncsender import FluentSender
 
 DEADLINE = 5  # seconds any promise may take
 
@@ -179,7 +177,7 @@ def test_events_wait_for_a_collector_that_is_away_and_arrive_in_order(
 def test_no_request_waits_or_fails_and_the_oldest_that_cannot_wait_are_counted(
     sender: Sender, collector: Collector, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender._queue, "maxsize", 20)
+    monkeypatch.setattr(events, "MAX_WAITING", 20)
     released = threading.Event()
     if trouble == "away":
         collector.end()
@@ -201,7 +199,7 @@ def test_no_request_waits_or_fails_and_the_oldest_that_cannot_wait_are_counted(
 def test_what_is_dropped_is_the_oldest_and_what_is_new_arrives(
     sender: Sender, collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sender._queue, "maxsize", 20)
+    monkeypatch.setattr(events, "MAX_WAITING", 20)
     collector.end()
     emit(sender, range(1))
     eventually(lambda: bool(sender._batch))
@@ -277,32 +275,7 @@ def test_closing_an_idle_sender_is_quick(sender: Sender, collector: Collector, s
     started = time.monotonic()
     sender.close()
     assert time.monotonic() - started < 1
-    assert not sender._send_thread.is_alive()
-
-
-def test_fluent_logger_calls_what_is_replaced(collector: Collector) -> None:
-    """Else another fluent-logger works in another way: see what Sender has to replace now."""
-    called = set()
-
-    class Watched(Sender):
-        def _send(self, bytes_: bytes) -> bool:
-            called.add("_send")
-            return super()._send(bytes_)
-
-        def _send_loop(self) -> None:
-            called.add("_send_loop")
-            super()._send_loop()
-
-    for name in "_send", "_send_loop":
-        ours, theirs = (inspect.signature(getattr(one, name)) for one in (Sender, FluentSender))
-        assert list(ours.parameters) == list(theirs.parameters)
-    sender = Watched("publisher", "127.0.0.1", collector.port)
-    assert called == {"_send_loop"}
-    emit(sender, range(1))
-    assert called >= {"_send", "_send_loop"}
-    eventually(lambda: collector.numbers == [0])
-    sender.close()
-    assert not sender._send_thread.is_alive()
+    assert not sender._thread.is_alive()
 
 
 def test_without_a_collector_requests_are_answered_and_nothing_is_sent() -> None:

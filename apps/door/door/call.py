@@ -138,15 +138,12 @@ class Call:
         chunked = "HTTP_TRANSFER_ENCODING" in self.environ
         if not length and not chunked:
             return b""
-        late = RequestTimeout(
-            f"The body is too slow: {PACE} bytes, or all of it, must come in {CLIENT_TIMEOUT} s."
-        )
         try:
             if length <= SHORT and self._arrived(source, length):
                 return source.read(length)  # type: ignore[no-any-return]
-            body = b"".join(self._pieces(source, limit + 1 if chunked else length, chunked, late))
+            body = b"".join(self._pieces(source, limit + 1 if chunked else length, chunked))
         except TimeoutError:
-            raise late from None
+            raise _late() from None
         except OSError:  # it ended early, or its chunks cannot be told apart
             if self.client.let_go:
                 raise OutOfMemory from None
@@ -162,9 +159,7 @@ class Call:
         with self.client.waiting:
             return len(source.rfile.peek()) >= length
 
-    def _pieces(
-        self, source: IO[bytes], most: int, chunked: bool, late: RequestTimeout
-    ) -> Iterator[bytes]:
+    def _pieces(self, source: IO[bytes], most: int, chunked: bool) -> Iterator[bytes]:
         """Read no more than most bytes, holding memory for each piece before it is read.
 
         The smallest chunks cost the server the most: others get a turn between few of them.
@@ -172,7 +167,7 @@ class Call:
         left, size = most, 4096 if chunked else PIECE
         while left > 0:
             paced = min(left, PACE)
-            with Timeout(CLIENT_TIMEOUT, late):
+            with Timeout(CLIENT_TIMEOUT, _late()):
                 while paced > 0:
                     wanted = min(paced, size)
                     self.hold(wanted)
@@ -215,6 +210,12 @@ def failed(error: BrokerUnavailable | HTTPException, event: Event) -> Answer:
     # A route that knows better than the answer what may be told has said so.
     event.fields.setdefault("reason", message)
     return json_answer(status, {"message": message, **details}, own)
+
+
+def _late() -> RequestTimeout:
+    return RequestTimeout(
+        f"The body is too slow: {PACE} bytes, or all of it, must come in {CLIENT_TIMEOUT} s."
+    )
 
 
 def _too_large(limit: int) -> NoReturn:

@@ -1,12 +1,14 @@
 # mypy: disable-error-code=no-untyped-call
-"""The HTTP server of a door: gevent's pywsgi with limits, and a graceful end.
+"""The HTTP server of a door: gevent's StreamServer, with limits, and a graceful end.
 
 A request costs a greenlet, not a thread, so that slow clients and long polls keep nobody waiting.
-Body, Handler and Server replace parts of pywsgi, some of them private; each says why. The test
-test_gevent_calls_what_is_replaced fails when another gevent no longer calls one of them.
+gevent's pywsgi takes three times as long for a request as Handler. Body and Server replace parts of
+gevent, some of them private; each says why. The test test_gevent_calls_what_is_replaced fails when
+another gevent no longer calls one of them.
 """
 
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -19,13 +21,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from http import HTTPStatus
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
+from urllib.parse import unquote
 
 import gevent
 from gevent.event import Event
-from gevent.pywsgi import Input, WSGIHandler, WSGIServer
+from gevent.pywsgi import MAX_REQUEST_LINE, Input, format_date_time
+from gevent.server import StreamServer
+from werkzeug.exceptions import InternalServerError
 
 from door import shared
 from door.clients import CONNECTION, Arrivals, Clients
@@ -92,13 +98,21 @@ SO_ATTACH_FILTER = 26
 # Of struct tcp_info, the field tcpi_unacked: of a listening socket, the clients in its queue.
 ACCEPTED = struct.Struct("=24xL")
 
-HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\0-\x08\n-\x1f\x7f]*)\r?\n")
+VERSIONS = ("HTTP/1.0", "HTTP/1.1")
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+CONTROL = re.compile(r"[\0-\x08\n-\x1f\x7f]")
 # http://host:port of a target in absolute form (RFC 9112, section 3.2.2).
 AUTHORITY = re.compile(r"^https?://[^/?#]+", re.IGNORECASE)
 LENGTH = re.compile(r"[0-9]{1,1000}")
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 MAX_CHUNK_LINE = 256
-ONCE = ("content-length", "content-type", "transfer-encoding", "host", "authorization")
+# As the WSGI environment has them.
+ONCE = {"CONTENT_LENGTH", "CONTENT_TYPE"}
+ONCE |= {f"HTTP_{name}" for name in ("TRANSFER_ENCODING", "HOST", "AUTHORIZATION")}
+# Characters of a header's name that is kept once it was read: most clients send the same ones.
+MAX_KEPT = 64
+# Of errors, those of a client that is gone. A time-out has this text in place of an errno.
+GONE = (errno.EPIPE, errno.ECONNRESET, "timed out")
 
 
 class Application(Protocol):
@@ -136,60 +150,94 @@ class Refused(OSError):  # noqa: N818 - an answer, not a fault
 
 TOO_SLOW = Refused(HTTPStatus.REQUEST_TIMEOUT, "The headers took too long.")
 BUSY = Refused(HTTPStatus.SERVICE_UNAVAILABLE, OutOfMemory().description)
+FAILED = Refused(HTTPStatus.INTERNAL_SERVER_ERROR, InternalServerError.description)
 
 
-class Headers:
-    """A request's headers: what pywsgi asks of email.message, read in a fraction of its time."""
+def deny(why: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> NoReturn:
+    """Refuse a request."""
+    raise Refused(status, why)
 
-    status = ""
 
-    def __init__(self, rfile: Any, _seekable: int) -> None:
-        """Read from rfile up to the empty line; raises Refused."""
-        self.headers: list[str] = []
-        self._values: dict[str, str] = {}
-        self.size = 0
-        while (line := rfile.readline(MAX_HEADER_BYTES - self.size + 1)) not in (b"\r\n", b"\n"):
-            self.size += len(line)
-            if self.size > MAX_HEADER_BYTES or len(self.headers) == MAX_HEADERS:
-                raise Refused(
-                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                    f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes are taken.",
-                )
-            # A line without an end may be long, and the pattern is slow: it is not tried.
-            match = HEADER.fullmatch(line) if line.endswith(b"\n") else None
-            if match is None:
-                raise Refused(HTTPStatus.BAD_REQUEST, "A header cannot be read.")
-            name, value = match[1].decode().lower(), match[2].decode("latin-1").strip(" \t")
-            if name in self._values and name in ONCE:
-                raise Refused(HTTPStatus.BAD_REQUEST, f"The header {name} comes twice.")
-            self._values[name] = value
-            self.headers.append(f"{name}: {value}")
-        self._check_length()
-        self.typeheader = self.get("content-type")
+def read_head(lines: list[str], environ: dict[str, Any]) -> int:
+    """Tell environ, a WSGI environment, of a request's line and headers; raises Refused.
 
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """Return the value of the header name, in whatever case."""
-        return self._values.get(name.lower(), default)
+    Returns how many characters the headers have.
+    """
+    line, *headers = lines
+    words = line.split(" ")
+    if len(words) != 3 or "" in words or CONTROL.search(line):
+        deny("The request line is not METHOD TARGET VERSION.")
+    environ["REQUEST_METHOD"], target, environ["SERVER_PROTOCOL"] = words
+    if words[2] not in VERSIONS:
+        deny("Of HTTP's versions, 1.0 and 1.1 are known.")
+    if len(headers) > MAX_HEADERS:
+        too_many()
+    size = 2 * len(headers)
+    for header in headers:
+        size += len(header)
+        name, colon, value = header.partition(":")
+        key = (read_name if len(name) < MAX_KEPT else read_name.__wrapped__)(name)
+        # isprintable() is the faster one, and false for some text that is no control character.
+        if not (colon and key) or not (value.isprintable() or not CONTROL.search(value)):
+            deny("A header cannot be read.")
+        value = value.strip(" \t")
+        if key in environ:
+            if key in ONCE:
+                deny(f"The header {name.lower()} comes twice.")
+            value = f"{environ[key]}{'; ' if key == 'HTTP_COOKIE' else ','}{value}"
+        environ[key] = value
+    environ.pop("HTTP_", None)
+    if not target.startswith("/"):
+        target = AUTHORITY.sub("", target, count=1) or "/"
+    path, _, environ["QUERY_STRING"] = target.partition("?")
+    environ["PATH_INFO"] = unquote(path, "latin-1")
+    check_head(environ)
+    return size
 
-    getheader = get
 
-    def __delitem__(self, name: str) -> None:
-        """Forget the header name."""
-        del self._values[name]
+@lru_cache(maxsize=256)
+def read_name(name: str) -> str:
+    """Return how the WSGI environment has the header name; empty where it cannot be one.
 
-    def _check_length(self) -> None:
-        """Refuse what two programs could read differently (RFC 9112, section 6)."""
-        encoding, length = self.get("transfer-encoding"), self.get("content-length")
-        if encoding is not None and encoding.lower() != "chunked":
-            raise Refused(HTTPStatus.NOT_IMPLEMENTED, "Of transfer encodings, chunked is known.")
-        if encoding is not None and length is not None:
-            raise Refused(HTTPStatus.BAD_REQUEST, "A chunked body has no Content-Length.")
-        if length is not None and not LENGTH.fullmatch(length):
-            raise Refused(HTTPStatus.BAD_REQUEST, "Content-Length is not a number of bytes.")
+    What has a `_` could pass for another name that has a `-`: it is HTTP_, which is thrown away.
+    """
+    if not TOKEN.fullmatch(name):
+        return ""
+    if "_" in name:
+        return "HTTP_"
+    key = name.upper().replace("-", "_")
+    return key if key in ("CONTENT_TYPE", "CONTENT_LENGTH") else f"HTTP_{key}"
+
+
+def check_head(environ: dict[str, Any]) -> None:
+    """Refuse what two programs could read differently (RFC 9112, sections 3.2 and 6)."""
+    encoding, length = environ.get("HTTP_TRANSFER_ENCODING"), environ.get("CONTENT_LENGTH")
+    if encoding is not None and encoding.lower() != "chunked":
+        deny("Of transfer encodings, chunked is known.", HTTPStatus.NOT_IMPLEMENTED)
+    if encoding is not None and length is not None:
+        deny("A chunked body has no Content-Length.")
+    if length is not None and not LENGTH.fullmatch(length):
+        deny("Content-Length is not a number of bytes.")
+    if environ["SERVER_PROTOCOL"] == "HTTP/1.1" and "HTTP_HOST" not in environ:
+        deny("A request of HTTP/1.1 has the header Host.")
+
+
+def too_many() -> NoReturn:
+    """Refuse headers over the limits."""
+    deny(
+        f"At most {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes are taken.",
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    )
+
+
+@lru_cache(maxsize=1)
+def date(seconds: int) -> str:
+    """Return a time as the header Date has it."""
+    return str(format_date_time(seconds), "ascii")
 
 
 class Body(Input):
-    """A request's body; pywsgi would read to its end what the application did not want."""
+    """A request's body."""
 
     __slots__ = ()
 
@@ -199,9 +247,6 @@ class Body(Input):
         if self.chunked_input:
             return bool(self.chunk_length != 0)
         return bool(self.position < (self.content_length or 0))
-
-    def _discard(self) -> None:
-        """Read nothing: handle_one_response ends the connection where a part is unread."""
 
     def _chunked_read(self, length: int | None = None, _use_readline: bool = False) -> bytes:
         """Read at most length bytes of chunks (RFC 9112, section 7.1); raises OSError.
@@ -236,20 +281,20 @@ class Body(Input):
         raise OSError("The trailers do not end.")
 
 
-class Handler(WSGIHandler):
+class Handler:
     """One client's connection, and what door.call knows of its client."""
 
-    MessageClass = Headers
-    wsgi_input: Any
-    path: Any
-    status: Any
-    response_headers: Any
-    # gevent logs other errors as this program's. A time-out has this text in place of an errno.
-    ignored_socket_errors: Any = (*WSGIHandler.ignored_socket_errors, "timed out")
+    # Of the request that is being answered: its body, the answer's head until it is sent, whether
+    # that tells where the answer ends, and whether the connection ends behind it.
+    _body: Body
+    _head = ""
+    _sized = _last = False
 
-    def __init__(self, sock: Any, address: Any, server: Any, grant: Grant) -> None:
+    def __init__(self, sock: Any, address: Any, server: "Server", grant: Grant) -> None:
         """Take the client of sock, which comes from address, and hold its memory by grant."""
-        super().__init__(sock, address, server)
+        self.socket = sock
+        self.rfile = sock.makefile("rb", -1)
+        self.server = server
         self._peer = self.address = str(address[0]) if address else ""
         self.grant = grant
         self.let_go = False
@@ -260,7 +305,14 @@ class Handler(WSGIHandler):
         self.socket.settimeout(CLIENT_TIMEOUT)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().handle()
+        try:
+            while self._serve():
+                pass
+        finally:
+            with suppress(OSError):  # what is left unread would reset the connection
+                os.read(self.socket.fileno(), 16384)
+            self.rfile.close()
+            self.socket.close()
 
     def refuse(self) -> None:
         """Tell the client at once that there is no room for it."""
@@ -289,98 +341,153 @@ class Handler(WSGIHandler):
             self.socket.shutdown(socket.SHUT_RDWR if self._writing else socket.SHUT_RD)
         return self.grant.amount
 
-    def read_requestline(self) -> str:
-        """Read the first line of a request; an empty one before it is skipped (RFC 9112, 2.2)."""
+    def _serve(self) -> bool:
+        """Answer one request; whether there may be another one."""
         self.server.clients.idle.begin(self)
-        # A line that is there already needs no timer.
-        if b"\n" in self.rfile.peek():
-            return self._read_line()
+        try:
+            lines = self._read_lines()
+            if not lines:
+                return False
+            environ = self.server.environ.copy()
+            size = read_head(lines, environ)
+            self.server.clients.idle.end(self)
+            if size > SMALL_HEADERS:
+                self.grant.resize(CONNECTION + HEADER_COPIES * size)
+        except (OSError, OutOfMemory) as error:
+            self._refuse(error)
+            return False
+        self._complete(environ)
+        self._answer(environ)
+        return not self._last
+
+    def _read_lines(self) -> list[str]:
+        """Read the lines of a request's head, without their ends; none where no request comes."""
+        try:
+            arrived = self.rfile.peek()
+        except OSError:
+            return []
+        # Here already, it needs no timer.
+        end = arrived.find(b"\r\n\r\n")
+        if end < 0 or arrived.count(b"\n", 0, end) != arrived.count(b"\r\n", 0, end):
+            return self._read_slowly()
+        # An empty line before a request is skipped (RFC 9112, 2.2).
+        head = self.rfile.read(end + 4)[:end].removeprefix(b"\r\n")
+        return head.decode("latin-1").split("\r\n")  # type: ignore[no-any-return]
+
+    def _read_slowly(self) -> list[str]:
+        """Read a head that comes by and by, within the time limit and holding memory for most."""
         with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
-            return self._read_line()
-
-    def _read_line(self) -> str:
-        line = str(super().read_requestline())
-        return str(super().read_requestline()) if line in ("\r\n", "\n") else line
-
-    def read_request(self, raw_requestline: str) -> bool:
-        """Read the request's headers; raises ValueError or Refused."""
-        if raw_requestline.count(" ") != 2:
-            raise Refused(HTTPStatus.BAD_REQUEST, "The request line is not METHOD TARGET VERSION.")
-        if b"\r\n\r\n" in self.rfile.peek():
-            super().read_request(raw_requestline)
-        else:
-            self._read_slowly(raw_requestline)
-        self.server.clients.idle.end(self)
-        if self.headers.size > SMALL_HEADERS:
-            self.grant.resize(CONNECTION + HEADER_COPIES * self.headers.size)
-        if self.request_version == "HTTP/1.1" and self.headers.get("host") is None:
-            raise Refused(HTTPStatus.BAD_REQUEST, "A request of HTTP/1.1 has the header Host.")
-        if not self.path.startswith("/"):
-            self.path = AUTHORITY.sub("", self.path, count=1) or "/"
-        return True
-
-    def _read_slowly(self, raw_requestline: str) -> None:
-        """Read headers that come by and by, within the time limit and holding memory for most."""
-        self.grant.add_now(HEADER_COPIES * MAX_HEADER_BYTES)
-        with gevent.Timeout(CLIENT_TIMEOUT, TOO_SLOW):
-            super().read_request(raw_requestline)
+            try:
+                line = self.rfile.readline(MAX_REQUEST_LINE)
+                if line in (b"\r\n", b"\n"):
+                    line = self.rfile.readline(MAX_REQUEST_LINE)
+            except OSError:
+                return []
+            if not line:
+                return []
+            if len(line) == MAX_REQUEST_LINE:
+                deny("The request line is too long.", HTTPStatus.REQUEST_URI_TOO_LONG)
+            lines, size = [without_end(line)], 0
+            if lines[0].count(" ") != 2:  # what is no HTTP may have no further lines
+                read_head(lines, {})
+            self.grant.add_now(HEADER_COPIES * MAX_HEADER_BYTES)
+            while line := self.rfile.readline(MAX_HEADER_BYTES - size + 1):
+                if line in (b"\r\n", b"\n"):
+                    break
+                size += len(line)
+                if size > MAX_HEADER_BYTES or len(lines) > MAX_HEADERS:
+                    too_many()
+                lines.append(without_end(line))
+            else:
+                deny("A header cannot be read.")
         self.grant.resize(CONNECTION)
+        return lines
 
-    def get_environ(self) -> dict[str, Any]:
-        """Return the WSGI environment with the client in it."""
-        environ: dict[str, Any] = super().get_environ()
+    def _complete(self, environ: dict[str, Any]) -> None:
+        """Tell environ, which has the request's head, of its body and client."""
+        wish = environ.get("HTTP_CONNECTION", "").lower()
+        old = environ["SERVER_PROTOCOL"] == "HTTP/1.0"
+        self._last = wish != "keep-alive" if old else wish == "close"
+        self._old = old
+        self.address = environ["REMOTE_ADDR"] = self._peer
         if self.server.fronted:
             # Nothing for the application, which sends headers X-… with a message.
             told = environ.pop("HTTP_X_FORWARDED_FOR", "")
             self.address = told.rpartition(",")[2].strip() or self._peer
+        length = environ.get("CONTENT_LENGTH")
+        waits = self.socket if environ.get("HTTP_EXPECT") == "100-continue" else None
+        chunked = "HTTP_TRANSFER_ENCODING" in environ
+        self._body = Body(self.rfile, int(length) if length else None, waits, chunked)
+        environ["wsgi.input"] = self._body
         environ[CLIENT] = self
-        body = self.wsgi_input
-        self.wsgi_input = Body(body.rfile, body.content_length, body.socket, body.chunked_input)
-        environ["wsgi.input"] = self.wsgi_input
-        return environ
 
-    def handle_one_response(self) -> None:
-        """Answer one request; the connection ends afterwards where the answer says so."""
-        self.server.running += 1
+    def _answer(self, environ: dict[str, Any]) -> None:
+        """Answer one request."""
+        server = self.server
+        server.running += 1
+        self._head, self._begun = "", False
         try:
-            super().handle_one_response()
-            if self.wsgi_input.unread:
-                self.close_connection = True
-                self._linger()
+            self._run(environ)
+        except Exception as error:
+            self._last = True
+            if not (isinstance(error, OSError) and error.args and error.args[0] in GONE):
+                log.exception("A request failed")
+                if not self._begun:
+                    self._tell(FAILED)
         finally:
-            self.server.running -= 1
-            if self.server.draining:
-                self.server.answered = time.monotonic()
+            server.running -= 1
+            if server.draining:
+                server.answered = time.monotonic()
             self.grant.resize(CONNECTION)
+        if self._body.unread:
+            self._last = True
+            self._linger()
 
-    def handle_one_request(self) -> Any:
-        """Serve one request; what pywsgi refuses by itself is told as the rest is."""
-        result = super().handle_one_request()
-        if isinstance(result, tuple) and result[0] == "414":
-            why = Refused(HTTPStatus.REQUEST_URI_TOO_LONG, "The request line is too long.")
-            return self._handle_client_error(why)
-        return result
+    def _run(self, environ: dict[str, Any]) -> None:
+        """Have the application answer; its answer is closed however that ends (PEP 3333)."""
+        answer = self.server.application(environ, self._start)
+        try:
+            if not self._sized and isinstance(answer, list):
+                self._head += f"\r\nContent-Length: {sum(map(len, answer))}"
+            elif not self._sized:
+                self._last = True
+            for piece in answer:
+                if not self._begun:
+                    self._begin(piece)
+                elif piece:
+                    self._sendall(piece)
+            if not self._begun:
+                self._begin(b"")
+        finally:
+            if hasattr(answer, "close"):
+                answer.close()
 
-    def log_request(self) -> None:
-        """Log nothing: the door's events tell of its requests."""
+    def _start(self, status: str, headers: list[tuple[str, str]], error: Any = None) -> None:
+        """Take the head of an answer: WSGI's start_response."""
+        if error and self._begun:
+            raise error[1]
+        lines = [f"{name}: {value}" for name, value in headers]
+        self._head = head = "\r\n".join([f"HTTP/1.1 {status}", *lines])
+        if head.count("\n") != len(lines) or head.count("\r") != len(lines):
+            raise ValueError(f"A header has several lines: {headers}")
+        self._sized = "\r\ncontent-length:" in head.lower() or status[:3] in ("204", "304")
 
-    def _write_with_headers(self, data: bytes) -> None:
-        """Send headers and what comes with them in one piece, where pywsgi sends two."""
-        self.headers_sent = True
-        self.finalize_headers()
+    def _begin(self, data: bytes) -> None:
+        """Send headers and what comes with them in one piece."""
+        self._begun = True
+        head = self._head
         # A proxy, told nothing, would send its next request while the connection is closed.
-        if self.close_connection or self.server.draining or self.wsgi_input.unread:
-            self.close_connection = True
-            others = [pair for pair in self.response_headers if pair[0].lower() != b"connection"]
-            self.response_headers = [*others, (b"Connection", b"close")]
-        lines = [b"HTTP/1.1 " + self.status]
-        lines += [b"%b: %b" % header for header in self.response_headers]
-        head = b"\r\n".join([*lines, b"\r\n"])
-        if self.response_use_chunked or len(data) > JOINED:
-            self._sendall(head)
-            self._write(data)
+        if self._last or self.server.draining or self._body.unread:
+            self._last = True
+            head += "\r\nConnection: close"
+        elif self._old:
+            head += "\r\nConnection: keep-alive"
+        sent = f"{head}\r\nDate: {date(int(time.time()))}\r\n\r\n".encode("latin-1")
+        if len(data) > JOINED:
+            self._sendall(sent)
+            self._sendall(data)
         else:
-            self._sendall(head + data)
+            self._sendall(sent + data)
 
     def _sendall(self, data: bytes) -> None:
         """Send data; a client who does not take them at once is waited for, and may be let go."""
@@ -391,24 +498,22 @@ class Handler(WSGIHandler):
         if sent < len(data):
             self._writing = True
             with self.waiting:
-                super()._sendall(memoryview(data)[sent:])
+                self.socket.sendall(memoryview(data)[sent:])
             self._writing = False
 
-    def _handle_client_error(self, ex: Exception) -> tuple[str, bytes]:
+    def _refuse(self, error: Exception) -> None:
         """Tell the client what was wrong with its request, in the doors' own shape."""
-        if isinstance(ex, TimeoutError):
-            ex = TOO_SLOW
-        if self.let_go or isinstance(ex, OutOfMemory):
-            ex = BUSY
+        if isinstance(error, TimeoutError):
+            error = TOO_SLOW
+        if self.let_go or isinstance(error, OutOfMemory):
+            error = BUSY
         self.server.clients.idle.end(self)
         self.grant.resize(CONNECTION)
-        status = self._tell(ex)
+        self._tell(error)
         if not self.let_go:  # nothing more of it is read then
             self._linger()
-        self.close_connection = True
-        return str(int(status)), b""
 
-    def _tell(self, ex: Exception) -> HTTPStatus:
+    def _tell(self, ex: Exception) -> None:
         """Send the answer that says why a request does not reach the application."""
         status = ex.status if isinstance(ex, Refused) else HTTPStatus.BAD_REQUEST
         body = json.dumps({"message": str(ex)}).encode()
@@ -421,7 +526,6 @@ class Handler(WSGIHandler):
         self.server.refusals.tell(str(ex)[:200])
         with suppress(OSError):
             self.socket.sendall(head.encode() + body)
-        return status
 
     def _linger(self) -> None:
         """Read on for a while: closing before would reset the connection and take the answer."""
@@ -448,10 +552,14 @@ class Refusals:
             self._untold, self._told = 0, now
 
 
-class Server(WSGIServer):
+def without_end(line: bytes) -> str:
+    """Return a line of a request's head, whatever its end."""
+    return line.removesuffix(b"\n").removesuffix(b"\r").decode("latin-1")
+
+
+class Server(StreamServer):
     """The HTTP server of one process, which counts the requests that it is answering."""
 
-    handler_class: Any = Handler
     running = 0
     # Whether it takes nobody new, and when it answered the last request since.
     draining = False
@@ -460,17 +568,33 @@ class Server(WSGIServer):
     def __init__(
         self,
         listener: socket.socket,
-        application: Any,
+        application: Application,
         memory: Memory,
         fronted: bool = False,
-        **kw: Any,
+        name: str = "door",
+        workers: bool = False,
     ) -> None:
-        """Serve application to the clients of listener, within memory.
+        """Serve application, called name, to the clients of listener, within memory.
 
         If they are fronted, all come by a proxy that says whose requests it brings
-        (X-Forwarded-For), and that shares the connections out among its own clients.
+        (X-Forwarded-For), and that shares the connections out among its own clients. With workers,
+        other processes serve it, too.
         """
-        super().__init__(listener, application, **kw)
+        super().__init__(listener)
+        self.application = application
+        # What the WSGI environments of all requests have (PEP 3333).
+        self.environ: dict[str, Any] = {
+            "SCRIPT_NAME": "",
+            "SERVER_NAME": name,
+            "SERVER_PORT": str(self.address[1]),
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False,
+            "wsgi.multiprocess": workers,
+            "wsgi.run_once": False,
+            "wsgi.input_terminated": True,
+        }
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.fronted = fronted
         self.clients = Clients(memory, files // 2, fronted)
@@ -600,10 +724,8 @@ def _work(
         application,
         memory,
         fronted,
-        log=None,
-        error_log=logging.getLogger("door.http"),
-        # Else the server asks the DNS for its own name before it starts.
-        environ={"SERVER_NAME": name, "wsgi.multiprocess": slot is not None},
+        name,
+        slot is not None,
     )
     stop = Event()
     # A container's first process has no default action for signals.

@@ -21,12 +21,15 @@ from typing import Any, BinaryIO
 
 import gevent
 import gevent.socket
+import h11
 import pytest
 from common.events import Event
 from door.call import Call
 from door.clients import Clients
 from door.memory import BASE, MIB, Memory
-from door.server import Body, Handler, Server
+from door.server import Body, Handler, Refused, Server, read_head
+from hypothesis import given
+from hypothesis import strategies as st
 
 DEADLINE = 5  # seconds any promise may take
 LIMIT = 512 * MIB  # bytes of the container
@@ -273,6 +276,7 @@ def hasty(root: str) -> Iterator[Door]:
     door.kill()
 
 
+ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LINE = b"POST / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 
@@ -333,6 +337,137 @@ def test_headers_up_to_the_limits_are_taken(door: Door) -> None:
     for headers in many, b"X: " + b"x" * 32_000 + b"\r\n":
         with door.client(LINE + headers + b"\r\n") as client:
             assert client.answer()[0] == 200
+
+
+def test_repeated_headers_are_joined_and_a_name_passes_for_no_other() -> None:
+    environ: dict[str, Any] = {}
+    lines = [
+        "X-A: 1",
+        "x-a:\t2 ",
+        "Cookie: a",
+        "cookie: b",
+        "Content_Length: 9",
+        "X_A: 3",
+        "N\u00f6: x",
+    ]
+    with pytest.raises(Refused, match="A header cannot be read"):
+        read_head(["GET /%41?b=%41 HTTP/1.0", *lines], environ)
+    environ.clear()
+    read_head(["GET /%41?b=%41 HTTP/1.0", *lines[:-1]], environ)
+    assert environ == {
+        "REQUEST_METHOD": "GET",
+        "SERVER_PROTOCOL": "HTTP/1.0",
+        "PATH_INFO": "/A",
+        "QUERY_STRING": "b=%41",
+        "HTTP_X_A": "1,2",
+        "HTTP_COOKIE": "a; b",
+    }
+
+
+NAMES = ["Host", "Content-Length", "content-length", "Transfer-Encoding", "X-A", "x-a", "X_A"]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(NAMES) | st.text("Aa-_ \t:\0\x7f\xe9", max_size=3),
+            st.sampled_from([": ", ":", " :", ""]),
+            st.sampled_from(["1", "chunked", "+1", "x"])
+            | st.text("a1, \t\r\0\x1f\x85\xe9", max_size=3),
+        ),
+        max_size=4,
+    )
+)
+def test_whoever_reads_a_request_that_is_taken_reads_the_same(
+    headers: list[tuple[str, str, str]],
+) -> None:
+    """Else a proxy in front could take a part of its body for another request (RFC 9112, 11.2)."""
+    lines = ["POST / HTTP/1.1", "Host: x", *map("".join, headers)]
+    environ: dict[str, Any] = {}
+    try:
+        read_head(lines, environ)
+    except Refused:
+        return
+    peer = h11.Connection(h11.SERVER)
+    peer.receive_data("\r\n".join([*lines, "\r\n"]).encode("latin-1"))
+    request: Any = peer.next_event()
+    told: dict[str, str] = {}
+    for name, value in request.headers:
+        if b"_" not in name:
+            key = name.decode().upper().replace("-", "_")
+            key = key if key.startswith("CONTENT_") else f"HTTP_{key}"
+            told[key] = (
+                f"{told[key]},{value.decode('latin-1')}" if key in told else value.decode("latin-1")
+            )
+    ours = {key: value for key, value in environ.items() if key.startswith(("HTTP_", "CONTENT_"))}
+    assert ours == told
+
+
+def test_headers_end_at_the_first_empty_line_whatever_ends_their_lines(door: Door) -> None:
+    """What came behind them is the next request, not a header of the first one."""
+    lines = LINE.replace(b"\r", b"") + b"Content-Length: 1\n\nx"
+    with door.client(lines + b"GET / HTTP/1.1\nHost: x\r\nX-A: x\r\n\r\n") as client:
+        first, second = (json.loads(client.answer()[2]) for _ in range(2))
+    assert (first["body"], second["body"]) == ("x", "")
+    assert "HTTP_X_A" not in first["headers"]
+    assert "HTTP_X_A" in second["headers"]
+
+
+def served(application: Any, asked: bytes) -> bytes:
+    """Return all that a server of application sends to whoever asks."""
+    server = Server(("127.0.0.1", 0), application, Memory(64 * MIB))
+    server.start()
+    answer = b""
+    with gevent.Timeout(DEADLINE):
+        client = gevent.socket.create_connection(("127.0.0.1", server.server_port))
+        client.sendall(asked)
+        while piece := client.recv(65536):
+            answer += piece
+    client.close()
+    server.stop(timeout=1)
+    return answer
+
+
+class Pieces(list[Any]):
+    """An answer that says when it was closed."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("fault", ["before", "\r", "\n", "between"])
+def test_a_bug_of_the_application_ends_the_connection_and_closes_the_answer(
+    fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # What is no bytes cannot be sent.
+    answer = Pieces([b"one", 2])
+
+    def application(_environ: Any, start_response: Any) -> Any:
+        if fault == "before":
+            raise ZeroDivisionError("secret")
+        more = "a" if fault == "between" else f"a{fault}X: secret"
+        start_response("200 OK", [("Content-Length", "99"), ("X-A", more)])
+        return answer
+
+    told = served(application, ASK * 2)
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert b"secret" not in told
+    assert told.startswith(b"HTTP/1.1 200 " if fault == "between" else b"HTTP/1.1 500 ")
+    assert answer.closed == (fault == "between")
+    assert "A request failed" in caplog.text
+
+
+def test_an_answer_of_unknown_length_ends_with_the_connection() -> None:
+    def application(_environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [])
+        return iter([b"one", b"", b"two"])
+
+    told = served(application, ASK * 2)
+    assert told.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in told
+    assert told.endswith(b"\r\n\r\nonetwo")
 
 
 def test_pipelined_requests_are_answered_in_order(door: Door) -> None:
@@ -561,19 +696,8 @@ def test_little_is_read_of_a_chunked_body_between_two_turns_of_others(extension:
 
 # What door.server replaces of gevent.
 REPLACED = {
-    Body: ["_chunked_read", "_discard"],
-    Handler: [
-        "_handle_client_error",
-        "_sendall",
-        "_write_with_headers",
-        "get_environ",
-        "handle_one_request",
-        "handle_one_response",
-        "log_request",
-        "read_request",
-        "read_requestline",
-    ],
-    Server: ["_do_read", "do_handle", "handle"],
+    Body: ["_chunked_read"],
+    Server: ["_do_read", "do_handle"],
 }
 CHUNKS = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n\r\n"
 
@@ -602,16 +726,7 @@ def test_gevent_calls_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in names:
             arguments(getattr(kind, name), getattr(kind.__base__, name))
             watch(kind, name)
-    server = Server(("127.0.0.1", 0), application, Memory(64 * MIB), log=None)
-    server.start()
-    with gevent.Timeout(DEADLINE):
-        client = gevent.socket.create_connection(("127.0.0.1", server.server_port))
-        client.sendall(CHUNKS + b"bad\r\n\r\n")
-        answer = b""
-        while piece := client.recv(65536):
-            answer += piece
-    client.close()
-    server.stop(timeout=1)
+    answer = served(application, CHUNKS + b"bad\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert b"HTTP/1.1 400 " in answer
     assert {(kind, name) for kind in REPLACED for name in REPLACED[kind]} - called == set()
@@ -732,9 +847,6 @@ def test_a_signal_lets_running_requests_finish_and_ends_the_rest(
         assert told == ["start", "finish", "answered", "answered", "stop"]
     with pytest.raises(ConnectionRefusedError):
         door.client()
-
-
-ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def through_the_end(door: Door, ask: Callable[[], bool], clients: int, seconds: float) -> int:

@@ -27,7 +27,7 @@ class Handover(Iterator[bytes]):
     """A parcel as a response body; every way it can end settles it and is told.
 
     PEP 3333 calls close() after success and failure alike. Only the step after the last piece
-    tells them apart: pywsgi asks for it once `sendall` returned. A generator would not do, as
+    tells them apart: the server asks for it once `sendall` returned. A generator would not do, as
     the finally of one that never started does not run.
     """
 
