@@ -1,9 +1,9 @@
 # mypy: disable-error-code=no-untyped-call
 """pika: what is replaced in it, and Link, the connection to a broker, which is renewed.
 
-No other module but wire, which writes messages, imports pika: the others take from here what they
-need of it, so that a move to another version changes these two alone. tests/test_amqp.py and
-tests/test_wire.py fail when a version no longer does what is replaced here.
+Besides read and wire, which read and write messages, no other module imports pika: they take from
+here what they need of it, so that a move to another version changes these three alone. Their tests,
+tests/test_amqp.py and those of the two, fail when a version no longer does what is replaced here.
 """
 
 import logging
@@ -26,6 +26,7 @@ from pika.frame import Method
 from pika.spec import PERSISTENT_DELIVERY_MODE, Basic, BasicProperties
 
 from door.metrics import BROKER_UP, broker_own
+from door.read import read_delivery
 from door.settings import BrokerSettings
 
 __all__ = [
@@ -58,6 +59,9 @@ DRAIN = 1.0
 # the channel's back: closing at once left 267 of 300 acknowledged messages in the queue, a second
 # left none. AMQP has no answer to an acknowledgement that could be waited for.
 SETTLE = 1.0
+
+# Bytes that are read from a broker at a time.
+RECEIVED = 64 * 1024
 
 # struct's formats of the floats in AMQP's headers.
 FLOATS = {b"f": ">f", b"d": ">d"}
@@ -114,6 +118,8 @@ class JoinedConnection(GeventConnection):
     sends by that method all that it has marshaled. _transport and _terminate_stream are used, as
     there is no public way to see what is unwritten, and none to end without a handshake; and
     _raise_if_not_open and _output_marshaled_frames, as there is none to send what door.wire wrote.
+    _on_data_available is replaced, so that door.read reads deliveries. _MAX_RECV_BYTES of the
+    transport are 4096 by default, in which few messages are whole.
     """
 
     _parts: list[bytes] | None = None
@@ -144,6 +150,32 @@ class JoinedConnection(GeventConnection):
         """End at once for reason, as pika does without heartbeats; nothing when cut already."""
         if self._transport is not None:
             self._terminate_stream(reason)
+
+    def _proto_connection_made(self, transport: Any) -> None:
+        transport._MAX_RECV_BYTES = RECEIVED
+        super()._proto_connection_made(transport)
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        self._frame_buffer += data_in
+        while self._read_deliveries():
+            size, frame = self._read_frame()
+            if not frame:
+                return
+            self._trim_frame_buffer(size)
+            self._process_frame(frame)
+
+    def _read_deliveries(self) -> bool:
+        """Bring channels the deliveries that were received first; whether something is behind."""
+        data, end = self._frame_buffer, 0
+        try:
+            while (content := read_delivery(data, end)) and content.number in self._channels:
+                end = content.end
+                self.frames_received += 3
+                channel: Any = self._channels[content.number]
+                channel._on_deliver(content, content, content.body)
+        finally:
+            self._trim_frame_buffer(end)
+        return end < len(data)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         if self._parts is None:

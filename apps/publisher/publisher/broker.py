@@ -244,7 +244,7 @@ class Broker(Link):
                 served, _ = self._serve(self._begun, count - taken, size - sent)
                 # A large new message may have used up the flush.
                 self._owed = waited and not served
-        except Exception as error:  # whatever it was, the tags
+        except Exception as error:  # whatever it was, the tags need no longer be the channel's
             self.drop(error)
         self._flush_soon()
 

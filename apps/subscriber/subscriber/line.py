@@ -142,10 +142,9 @@ class Line:
     def hand_out(self, delivery: Delivery) -> None:
         """Give delivery to the first who has room for it, or hold it for the next to come."""
         while waiter := self._turns.first():
-            missing = waiter.missing
             taken = waiter.take(delivery)
-            if not waiter.patient:
-                self.wanted -= missing - waiter.missing
+            if taken and not waiter.patient:
+                self.wanted -= 1
             if waiter.done.is_set():
                 self.leave(waiter)
             if taken:

@@ -141,6 +141,54 @@ def test_the_size_bounds_the_line(
         assert len(b"".join(one.line(receipt))) == one.length(receipt)
 
 
+def plain(value: Any) -> Any:
+    """Return value as json.dumps takes it."""
+    match value:
+        case dict():
+            return {plain(name): plain(inner) for name, inner in value.items()}
+        case list():
+            return [plain(inner) for inner in value]
+        case bytes():
+            return value.decode("latin-1")
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+    return str(value)
+
+
+# With lone surrogates, which RabbitMQ does not check a text for.
+anything = st.text(st.characters(exclude_categories=[]), max_size=20)
+odd = anything | st.sampled_from(["\x85", "a\u2028\u2029", "\ud800", '\\"\x7f\x00\n\t\b\f\r'])
+values = st.recursive(
+    odd | st.binary(max_size=9) | st.integers() | st.floats() | st.booleans() | st.none(),
+    lambda one: st.lists(one, max_size=2) | st.dictionaries(odd, one, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    odd.map(lambda text: text.encode(errors="ignore")),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(["message_id", "content_type", "type"], odd)),
+    st.none() | st.dictionaries(odd, values, max_size=3),
+    st.none() | st.integers(0, 9),
+)
+def test_each_byte_of_a_line_is_as_json_dumps_has_it(
+    body: bytes, texts: dict[str, str], headers: dict[str, Any] | None, priority: int | None
+) -> None:
+    one = delivery(body, headers=headers, priority=priority, **texts)
+    members: dict[str, Any] = {"id": texts.get("message_id") or None, "body": body.decode()}
+    members |= {"encoding": "utf-8", "content_type": texts.get("content_type") or None}
+    members |= {"type": texts["type"]} if texts.get("type") else {}
+    members |= {} if priority is None else {"priority": priority}
+    members |= {"headers": plain(headers or {}), "redelivered": False}
+    told = json.dumps(members, ensure_ascii=False)
+    for end in "\x85\u2028\u2029":
+        told = told.replace(end, f"\\u{ord(end):04x}")
+    assert b"".join(one.line()) == told.encode(errors="backslashreplace") + b"\n"
+
+
 @pytest.mark.parametrize(
     ("body", "encoding"),
     [
