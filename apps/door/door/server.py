@@ -284,11 +284,12 @@ class Body(Input):
 class Handler:
     """One client's connection, and what door.call knows of its client."""
 
-    # Of the request that is being answered: its body, the answer's head until it is sent, whether
-    # that tells where the answer ends, and whether the connection ends behind it.
+    # Of the request that is being answered: its body, and whether it is of HTTP/1.0; the answer's
+    # head, whether it tells where the answer ends, whether it was sent, and whether the connection
+    # ends behind the answer.
     _body: Body
     _head = ""
-    _sized = _last = False
+    _old = _sized = _begun = _last = False
 
     def __init__(self, sock: Any, address: Any, server: "Server", grant: Grant) -> None:
         """Take the client of sock, which comes from address, and hold its memory by grant."""
@@ -447,15 +448,15 @@ class Handler:
         """Have the application answer; its answer is closed however that ends (PEP 3333)."""
         answer = self.server.application(environ, self._start)
         try:
+            if not self._head:
+                raise ValueError("There is no head: start_response was not called.")
             if not self._sized and isinstance(answer, list):
                 self._head += f"\r\nContent-Length: {sum(map(len, answer))}"
             elif not self._sized:
                 self._last = True
             for piece in answer:
-                if not self._begun:
-                    self._begin(piece)
-                elif piece:
-                    self._sendall(piece)
+                if piece:
+                    (self._sendall if self._begun else self._begin)(piece)
             if not self._begun:
                 self._begin(b"")
         finally:
@@ -463,7 +464,7 @@ class Handler:
                 answer.close()
 
     def _start(self, status: str, headers: list[tuple[str, str]], error: Any = None) -> None:
-        """Take the head of an answer: WSGI's start_response."""
+        """Take the head of an answer: WSGI's start_response, without its write()."""
         if error and self._begun:
             raise error[1]
         lines = [f"{name}: {value}" for name, value in headers]

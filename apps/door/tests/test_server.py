@@ -437,7 +437,7 @@ class Pieces(list[Any]):
         self.closed = True
 
 
-@pytest.mark.parametrize("fault", ["before", "\r", "\n", "between"])
+@pytest.mark.parametrize("fault", ["before", "no head", "\r", "\n", "between"])
 def test_a_bug_of_the_application_ends_the_connection_and_closes_the_answer(
     fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -447,6 +447,8 @@ def test_a_bug_of_the_application_ends_the_connection_and_closes_the_answer(
     def application(_environ: Any, start_response: Any) -> Any:
         if fault == "before":
             raise ZeroDivisionError("secret")
+        if fault == "no head":
+            return answer
         more = "a" if fault == "between" else f"a{fault}X: secret"
         start_response("200 OK", [("Content-Length", "99"), ("X-A", more)])
         return answer
@@ -455,14 +457,14 @@ def test_a_bug_of_the_application_ends_the_connection_and_closes_the_answer(
     assert told.count(b"HTTP/1.1 ") == 1
     assert b"secret" not in told
     assert told.startswith(b"HTTP/1.1 200 " if fault == "between" else b"HTTP/1.1 500 ")
-    assert answer.closed == (fault == "between")
+    assert answer.closed == (fault in ("between", "no head"))
     assert "A request failed" in caplog.text
 
 
 def test_an_answer_of_unknown_length_ends_with_the_connection() -> None:
     def application(_environ: Any, start_response: Any) -> Any:
         start_response("200 OK", [])
-        return iter([b"one", b"", b"two"])
+        return iter([b"", b"one", b"", b"two"])
 
     told = served(application, ASK * 2)
     assert told.count(b"HTTP/1.1 ") == 1
