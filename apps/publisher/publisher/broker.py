@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 # A flush sends at most MAX_FLUSH messages, so that a batch does not keep the others waiting; a
 # request's turn in it sends at most MAX_TURN. After so many bytes it sends no further message.
-MAX_FLUSH, MAX_FLUSH_BYTES = 500, 1024 * 1024
+MAX_FLUSH, MAX_FLUSH_BYTES = 256, 1024 * 1024
 MAX_TURN, MAX_TURN_BYTES = 10, 64 * 1024
 # Messages and bytes that may wait for their confirms at a time: a new one waits behind no more.
-WINDOW, WINDOW_BYTES = 1000, 8 * 1024 * 1024
+WINDOW, WINDOW_BYTES = 512, 8 * 1024 * 1024
 # While pika keeps more bytes than this, as the broker does not read them, nothing is sent.
 MAX_UNWRITTEN = 1024 * 1024
 # Seconds until the next look at that, where no confirm is to come.
