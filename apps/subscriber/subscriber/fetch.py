@@ -1,13 +1,12 @@
 # mypy: disable-error-code=no-untyped-call
-"""How messages are taken off the queue: one by basic.get, or many in bursts of consumers."""
+"""How messages are taken off the queue: one by basic.get, or many in a burst of a consumer."""
 
-import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 
 import gevent
-from door.amqp import AMQPError, Basic, BasicProperties, Channel, Method
+from door.amqp import AMQPError, Basic, BasicProperties, Channel
 from door.memory import Grant, Memory
 from gevent.event import Event
 
@@ -36,13 +35,6 @@ class Burst:
     # When it last brought one.
     sign: float
     tag: str = ""
-    # The delivery tag of its first message; infinite before that came.
-    first: float = math.inf
-
-    @property
-    def begun(self) -> bool:
-        """Whether it has brought a message."""
-        return self.first < math.inf
 
     def cover(self, size: int, memory: Memory) -> Grant | None:
         """Return a grant for one of its messages, of size bytes; None when there is no room."""
@@ -54,12 +46,11 @@ class Burst:
 
 
 class Fetch:
-    """Takes what the line wants off the queue, and hands it out there; one get at a time.
+    """Takes what the line wants off the queue, and hands it out there; one fetch at a time.
 
     One message is fetched by basic.get, whose empty answer is the only sign of an empty queue.
     Many come in a burst, at a fifth of the broker's work: a consumer with a prefetch of just so
     many, which is cancelled when it has brought them, so that none is taken off the queue unasked.
-    Once one has begun to bring, the next full one may begin: the broker works on that meanwhile.
 
     A message holds memory from when it came until it was written. What a burst is expected to
     bring is held before; what comes beyond that goes back to the queue. Only a get may bring a
@@ -89,10 +80,7 @@ class Fetch:
         self._asked = 0.0
         # The message for which there was no memory yet.
         self._unheld: Delivery | None = None
-        # Consumers that are on the queue, in the order of their beginning.
-        self._bursts: list[Burst] = []
-        # Whether what they bring is given back: one brought more than there is memory for.
-        self._refusing = False
+        self._burst: Burst | None = None
         # How many messages the queue should have left.
         self._ready = 0
         self._poll_due = self._ask_due = False
@@ -107,7 +95,7 @@ class Fetch:
     @property
     def bursting(self) -> bool:
         """Whether a consumer is on the queue."""
-        return bool(self._bursts)
+        return self._burst is not None
 
     @property
     def needs_memory(self) -> bool:
@@ -119,20 +107,19 @@ class Fetch:
         """Whether an answer of the broker is overdue."""
         # A little less than the time-out, as the two clocks need not agree.
         overdue = time.monotonic() - 0.9 * self._timeout
-        return 0 < self._asked < overdue or any(one.sign < overdue for one in self._bursts)
+        return 0 < self._asked < overdue or bool(self._burst and self._burst.sign < overdue)
 
     def opened(self, channel: Channel) -> None:
-        """Hear on channel, which was just opened, that the queue is empty or a consumer gone."""
+        """Hear on channel, which was just opened, that the queue is empty."""
         channel.add_callback(
             lambda _frame: self._on_empty(channel), [Basic.GetEmpty], one_shot=False
         )
-        channel.add_callback(self._on_cancelled, [Basic.CancelOk], one_shot=False)
 
     def lost(self) -> None:
         """Wait for nothing more of a channel that is gone."""
-        for burst in self._bursts:
-            burst.grant.close()
-        self._bursts, self._refusing, self._ready = [], False, 0
+        if self._burst:
+            self._burst.grant.close()
+        self._burst, self._ready = None, 0
         self._answered()
 
     def soon(self) -> None:
@@ -156,10 +143,9 @@ class Fetch:
         self._ready = 0
 
     def end_burst(self) -> None:
-        """Let the bursts under way, if any, bring no more."""
-        for burst in self._bursts:
-            if burst.missing and self._link.channel is not None:
-                self._end_burst(self._link.channel, burst)
+        """Let the burst under way, if any, bring no more."""
+        if self._burst and self._burst.missing and self._link.channel is not None:
+            self._end_burst(self._link.channel, self._burst)
 
     def _ask(self) -> None:
         """Fetch what is wanted, unless something is on its way or waits for memory."""
@@ -168,16 +154,13 @@ class Fetch:
             return
         channel = self._link.channel
         wanted = self._line.wanted + (0 if self._poll_due else self._line.patient)
-        wanted -= sum(burst.missing for burst in self._bursts)
-        if channel is None or wanted <= 0 or self._asked or self._unheld or self._refusing:
+        if channel is None or not wanted or self._asked or self._burst or self._unheld:
             return
         count = self._pace.burst(min(wanted, self._ready))
-        if self._bursts and not (self._bursts[-1].begun and count == self._pace.most):
-            return
         with self._link.giving_up():
             if count and self._memory.take_now(amount := count * self._pace.largest):
                 self._start_burst(channel, count, Grant(self._memory, amount))
-            elif not self._bursts and (not self._short or self._spare.take(self, self.soon)):
+            elif not self._short or self._spare.take(self, self.soon):
                 self._asked = time.monotonic()
                 self.gets += 1
                 channel.basic_get(self._queue, self._on_message)
@@ -249,8 +232,7 @@ class Fetch:
     # Many at once.
 
     def _start_burst(self, channel: Channel, count: int, grant: Grant) -> None:
-        burst = Burst(count, grant, time.monotonic())
-        self._bursts.append(burst)
+        burst = self._burst = Burst(count, grant, time.monotonic())
         # The consumer would get more messages for those that are settled.
         self._settler.pause()
         self._ready -= count
@@ -258,7 +240,7 @@ class Fetch:
         def on_message(
             _channel: Channel, method: Basic.Deliver, properties: BasicProperties, body: bytes
         ) -> None:
-            if burst in self._bursts:
+            if burst is self._burst:
                 tag = method.delivery_tag
                 delivery = Delivery(tag, body, properties, channel, method.redelivered)
                 self._on_burst(channel, burst, delivery)
@@ -270,29 +252,23 @@ class Fetch:
     def _on_burst(self, channel: Channel, burst: Burst, delivery: Delivery) -> None:
         """Take a message of a burst; one for which there is no memory goes back to the queue.
 
-        So do all behind it, to keep their order. That they do once the consumers are gone, which
-        would get them again.
+        So do those behind it, to keep their order: pika rejects what comes for a consumer that
+        was cancelled. The cancellation goes first, or the consumer would get another message.
         """
         burst.missing -= 1
         burst.sign = time.monotonic()
-        begins = not burst.begun
-        if begins:
-            burst.first = delivery.tag
         weight = delivery.weight
         self._pace.note(weight)
-        if not self._refusing:
-            delivery.grant = burst.cover(weight, self._memory)
-            self._refusing = delivery.grant is None
-        if self._refusing:
-            self._settler.add(delivery.tag)
-            self._settler.give_back([delivery])
-        else:
-            self._arrive(delivery)
+        delivery.grant = burst.cover(weight, self._memory)
+        if delivery.grant is None:
+            self._end_burst(channel, burst)
+            with self._link.giving_up():
+                channel.basic_reject(delivery.tag, requeue=True)
+            return
+        self._arrive(delivery)
         if not burst.missing:
             self._pace.grow()
             self._end_burst(channel, burst)
-        if begins or not burst.missing:
-            self._ask()
 
     def _watch_burst(self, channel: Channel, burst: Burst) -> None:
         """End burst when others took what it should have brought.
@@ -300,10 +276,10 @@ class Fetch:
         Only the broker's answer to a later question tells that nothing is on its way: pika gives
         back to the queue what comes for a consumer that was cancelled.
         """
-        while burst in self._bursts and burst.missing:
+        while burst is self._burst and burst.missing:
             missing = burst.missing
             answered = self._answer_to_a_question(channel).wait(self._timeout)
-            if answered and burst in self._bursts and missing == burst.missing:
+            if answered and burst is self._burst and missing == burst.missing:
                 self._end_burst(channel, burst)
             gevent.sleep(BURST_TIMEOUT)
 
@@ -314,21 +290,16 @@ class Fetch:
         return answer
 
     def _end_burst(self, channel: Channel, burst: Burst) -> None:
-        """Cancel the consumer; what it brought is settled once it is gone."""
+        """Cancel the consumer, then settle what waits for that, and go on."""
         if burst.missing:
             burst.missing = self._ready = 0
         burst.grant.close()
-        with self._link.giving_up():
-            # pika calls what is given here at the end of whichever consumer is gone first.
-            channel.basic_cancel(burst.tag, callback=lambda _frame: None)
 
-    def _on_cancelled(self, frame: Method[Basic.CancelOk]) -> None:
-        """Settle what waited for the end of a consumer, and go on."""
-        tag = frame.method.consumer_tag
-        self._bursts = [burst for burst in self._bursts if burst.tag != tag]
-        if not self._bursts:
-            self._refusing = False
-            self._settler.resume()
-        else:
-            self._settler.tell(below=min(burst.first for burst in self._bursts))
-        self.soon()
+        def cancelled(_frame: object) -> None:
+            if burst is self._burst:
+                self._burst = None
+                self._settler.resume()
+                self.soon()
+
+        with self._link.giving_up():
+            channel.basic_cancel(burst.tag, callback=cancelled)

@@ -4,10 +4,10 @@ from collections import deque
 
 # Below LEAST_BURST, a consume and a cancel cost more than single gets.
 LEAST_BURST = 4
-# The messages of two bursts are all on their way at once: the broker reads them together, and 100
-# of 16 MB killed one of 1 GiB where 16 raised no alarm. AMQP has no bound for their bytes. So the
+# A burst's messages are all on their way at once: the broker reads them together, and 100 of
+# 16 MB killed one of 1 GiB where 16 raised no alarm. AMQP has no bound for their bytes. So the
 # first burst is small, and each that brings only small messages makes the next one larger.
-FIRST_BURST, LARGEST_BURST = 8, 50
+FIRST_BURST, LARGEST_BURST = 16, 100
 # Bytes of a message from which on single gets are as quick, and bring one message at a time.
 LARGE = 64 * 1024
 # How many messages are remembered.
@@ -20,8 +20,7 @@ class Pace:
     def __init__(self) -> None:
         """Begin without knowing any message."""
         self._sizes: deque[int] = deque(maxlen=LATELY)
-        # How many a burst may bring.
-        self.most = FIRST_BURST
+        self._most = FIRST_BURST
 
     @property
     def largest(self) -> int:
@@ -32,13 +31,13 @@ class Pace:
         """Take note of a message of size bytes."""
         self._sizes.append(size)
         if size >= LARGE:
-            self.most = FIRST_BURST
+            self._most = FIRST_BURST
 
     def grow(self) -> None:
         """Take note that a burst was brought whole."""
-        self.most = min(2 * self.most, LARGEST_BURST)
+        self._most = min(2 * self._most, LARGEST_BURST)
 
     def burst(self, wanted: int) -> int:
         """Return how many of the wanted messages a burst may bring; 0 asks for a single get."""
-        count = min(wanted, self.most)
+        count = min(wanted, self._most)
         return count if count >= LEAST_BURST and self.largest < LARGE else 0

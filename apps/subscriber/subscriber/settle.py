@@ -63,20 +63,18 @@ class Unsettled:
         """Have those of tags rejected that can still be settled."""
         self._rejected.update((tag, requeue) for tag in tags if self.has(tag))
 
-    def take(self, below: float = math.inf) -> tuple[Said, Said]:
-        """Return what is to be told of tags below, acknowledgements and rejections; forget those.
+    def take(self) -> tuple[Said, Said]:
+        """Return what is to be told, acknowledgements and rejections, and forget their tags.
 
         It is as few methods as possible: one acknowledgement for all up to a tag where nothing
         else is below it. Rejections are told each alone, as on 4.3 a nack of many does not count
         towards the delivery limit, and in their order, which the queue keeps.
         """
-        acked = {tag for tag in self._acked if tag < below}
-        rejected = {tag: requeue for tag, requeue in self._rejected.items() if tag < below}
-        self._acked -= acked
+        acked, rejected = self._acked, self._rejected
+        self._acked, self._rejected = set(), {}
         prefix = list(takewhile(acked.__contains__, self._tags))
         for tag in (*acked, *rejected):
             del self._tags[tag]
-            self._rejected.pop(tag, None)
         acks = [(prefix[-1], True)] if prefix else []
         acks += [(tag, False) for tag in sorted(acked.difference(prefix))]
         return acks, sorted(rejected.items())
@@ -132,13 +130,13 @@ class Settler:
         self._soon()
 
     def pause(self) -> None:
-        """Tell the broker nothing of its own accord before resume()."""
+        """Tell the broker nothing before resume()."""
         self._paused = True
 
     def resume(self) -> None:
         """Tell the broker what had to wait, and go on."""
         self._paused = False
-        self.tell()
+        self.settle()
 
     def lost(self) -> None:
         """Forget all: their channel is gone."""
@@ -147,17 +145,12 @@ class Settler:
         self._paused = False
 
     def settle(self) -> None:
-        """Tell the broker what is acknowledged and rejected, but in a pause."""
+        """Tell the broker what is acknowledged and rejected."""
         self._due = False
-        if not self._paused:
-            self.tell()
-
-    def tell(self, below: float = math.inf) -> None:
-        """Tell the broker, also in a pause, what is acknowledged and rejected of tags below."""
         channel = self._link.channel
-        if channel is None:
+        if channel is None or self._paused:
             return
-        acks, rejections = self._unsettled.take(below)
+        acks, rejections = self._unsettled.take()
         if not (acks or rejections):
             return
         with self._link.giving_up(), channel.connection.joined():
@@ -166,10 +159,10 @@ class Settler:
             for tag, requeue in rejections:
                 # Since RabbitMQ 4.3 a nack is not counted; a rejection always is.
                 if tag in self._unused:
-                    self._unused.remove(tag)
                     channel.basic_nack(tag, requeue=requeue)
                 else:
                     channel.basic_reject(tag, requeue)
+        self._unused.clear()
         self.told = time.monotonic()
 
     def _tags(self, some: Iterable[Delivery | Handle]) -> Iterator[int]:

@@ -28,8 +28,6 @@ class Message:
     body: bytes
     properties: BasicProperties = field(default_factory=BasicProperties)
     redelivered: bool = False
-    # How often it was given back.
-    returns: int = 0
 
 
 class Queue(list[Message]):
@@ -43,7 +41,6 @@ class Queue(list[Message]):
 
     def give_back(self, message: Message) -> None:
         message.redelivered = True
-        message.returns += 1
         self.insert(self.returned, message)
         self.returned += 1
 

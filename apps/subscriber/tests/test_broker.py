@@ -673,11 +673,11 @@ def test_at_the_end_a_burst_under_way_holds_no_acknowledgement_back(
     monkeypatch.setattr("subscriber.fetch.BURST_TIMEOUT", 9)
     rabbit.publish(*[b"%d" % number for number in range(20)])
     taken = take(queue, wire)
-    ask(queue, 8)
+    ask(queue, 9)
     del rabbit.queues["takeaway"][2:]  # before the consumer has begun
     wire.answer()
     queue.ack(taken)
-    assert (asked(wire), acks(wire)) == ([1, 8], [])
+    assert (asked(wire), acks(wire)) == ([1, 9], [])
     rabbit.publish(*more)
     wire.prompt = True
     broker.stop()

@@ -10,7 +10,6 @@ from door.amqp import Link
 from door.memory import MIB, Memory
 from door.settings import BrokerSettings
 from pika.channel import Channel
-from pika.spec import Basic
 from subscriber.delivery import OVERHEAD
 from subscriber.fetch import Fetch
 from subscriber.line import Line, Waiter
@@ -78,7 +77,7 @@ def numbers(*of: int) -> list[bytes]:
         (5, 5, [1, 4]),
         (9, 5, [1, 4, 1]),
         (5, 9, [1, 4]),
-        (250, 300, [1, 8, 8, 16, 32, 50, 50, 50, 35]),
+        (250, 300, [1, 16, 32, 64, 100, 37]),
     ],
 )
 @pytest.mark.parametrize("batch", [True, False])
@@ -101,74 +100,20 @@ def test_the_broker_is_asked_for_what_is_wanted_and_the_queue_has(
     assert rabbit.bodies()[-1] == b"later"
 
 
-def test_the_next_full_burst_begins_while_the_first_brings(
-    link: Fetcher, rabbit: Rabbit, wire: Wire
-) -> None:
-    rabbit.publish(*numbers(100))
-    batches = [link.want(20)]
-    wire.answer(1)  # to the get
-    gevent.idle()
-    batches.append(link.want(20))
-    wire.answer(2)  # that the consumer will come
-    begun = [len(wire.sent(Basic.Qos))]
-    wire.answer(1)
-    begun.append(len(wire.sent(Basic.Qos)))
-    assert begun == [1, 2], "the first is alone until it brings"
-    wire.answer()
-    assert bodies(*batches) == numbers(40)
-    assert asked(wire) == [1, 8, 8, 16, 7]
-    assert rabbit.bodies() == numbers(40, 100)
-
-
-def test_a_burst_that_is_not_full_begins_when_no_consumer_is_left(
-    link: Fetcher, rabbit: Rabbit, wire: Wire
-) -> None:
-    rabbit.publish(*numbers(20))
-    batches = [link.want(6)]
-    wire.answer(4)  # the first of a burst has come
-    batches.append(link.want(5))
-    gevent.idle()
-    assert len(wire.sent(Basic.Qos)) == 1
-    wire.answer()
-    assert bodies(*batches) == numbers(11)
-    assert asked(wire) == [1, 5, 5]
-
-
-def test_what_ended_bursts_brought_is_settled_while_others_bring(
-    link: Fetcher, rabbit: Rabbit, wire: Wire
-) -> None:
-    rabbit.publish(*numbers(1000))
-    batches = [link.want(100) for _ in range(10)]
-    for batch in batches[:5]:
-        while not batch.done.is_set():
-            wire.answer(1)
-        link.settler.ack(batch.deliveries)
-        for one in batch.deliveries:
-            one.close()
-    assert link.fetch.bursting
-    assert rabbit.acked[:300] == numbers(300)
-    for batch in batches:
-        wire.answer()
-        link.settler.ack(batch.deliveries)
-    wire.answer()
-    assert rabbit.acked == numbers(1000)
-    assert sum(asked(wire)) == 1000
-
-
 @pytest.fixture
 def short_burst(
     link: Fetcher, rabbit: Rabbit, wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> Waiter:
-    """Who waits for 1 to 8, of which others take all but two."""
+    """Who waits for 1 to 9, of which others take all but two."""
     monkeypatch.setattr("subscriber.fetch.BURST_TIMEOUT", 0.05)
     rabbit.publish(*numbers(20))
     link.want()
     wire.answer()
-    batch = link.want(8)
+    batch = link.want(9)
     gevent.idle()
     del rabbit.queues["takeaway"][2:]  # before the consumer has begun
     wire.answer()
-    assert asked(wire) == [1, 8]
+    assert asked(wire) == [1, 9]
     assert not batch.done.is_set()
     return batch
 
@@ -182,7 +127,7 @@ def test_a_burst_that_others_were_quicker_than_ends_with_what_there_is(
     wire.answer()
     short_burst.done.wait(2)
     assert bodies(short_burst) == [b"1", b"2", *late]
-    assert asked(wire) == [1, 8, 1]
+    assert asked(wire) == [1, 9, 1]
     rabbit.publish(b"later")
     assert rabbit.bodies() == [b"later"], "the consumer is gone"
 
@@ -250,9 +195,9 @@ def test_the_first_burst_after_a_large_message_is_small(
         rabbit.publish(*large, *numbers(200))
         link.want(200 + len(large))
         wire.answer()
-    assert asked(wire)[:8] == [1, 8, 8, 16, 32, 50, 50, 35]
+    assert asked(wire)[:5] == [1, 16, 32, 64, 87]
     # The large one is among the last 100, then bursts begin anew.
-    assert asked(wire)[8:] == [1] * 101 + [8, 8, 16, 32, 36]
+    assert asked(wire)[5:] == [1] * 101 + [16, 32, 52]
 
 
 def test_who_keeps_the_process_waiting_is_let_go_where_memory_is_short(

@@ -10,7 +10,7 @@ def test_the_first_burst_is_small_and_each_that_came_whole_makes_the_next_larger
     for _ in range(5):
         found.append(pace.burst(1000))
         pace.grow()
-    assert found == [8, 16, 32, LARGEST_BURST, LARGEST_BURST]
+    assert found == [16, 32, 64, LARGEST_BURST, LARGEST_BURST]
     assert [pace.burst(wanted) for wanted in (3, 4, 50)] == [0, 4, 50]
 
 
@@ -22,4 +22,4 @@ def test_after_a_large_message_they_come_one_by_one_until_it_is_long_ago() -> No
         pace.note(100)
         assert pace.burst(1000) == 0
     pace.note(200)
-    assert (pace.burst(1000), pace.largest) == (8, 200)
+    assert (pace.burst(1000), pace.largest) == (16, 200)
