@@ -2,9 +2,9 @@
 """The HTTP server of a door: gevent's StreamServer, with limits, and a graceful end.
 
 A request costs a greenlet, not a thread, so that slow clients and long polls keep nobody waiting.
-gevent's pywsgi takes three times as long for a request as Handler. Body and Server replace parts of
-gevent, some of them private; each says why. The test test_gevent_calls_what_is_replaced fails when
-another gevent no longer calls one of them.
+With gevent's pywsgi a request takes a third longer than with Handler. Body and Server replace parts
+of gevent, some of them private; each says why. The test test_gevent_calls_what_is_replaced fails
+when another gevent no longer calls one of them.
 """
 
 import ctypes
