@@ -60,9 +60,6 @@ DRAIN = 1.0
 # left none. AMQP has no answer to an acknowledgement that could be waited for.
 SETTLE = 1.0
 
-# Bytes that are read from a broker at a time.
-RECEIVED = 64 * 1024
-
 # struct's formats of the floats in AMQP's headers.
 FLOATS = {b"f": ">f", b"d": ">d"}
 
@@ -118,8 +115,7 @@ class JoinedConnection(GeventConnection):
     sends by that method all that it has marshaled. _transport and _terminate_stream are used, as
     there is no public way to see what is unwritten, and none to end without a handshake; and
     _raise_if_not_open and _output_marshaled_frames, as there is none to send what door.wire wrote.
-    _on_data_available is replaced, so that door.read reads deliveries. _MAX_RECV_BYTES of the
-    transport are 4096 by default, in which few messages are whole.
+    _on_data_available is replaced, so that door.read reads deliveries.
     """
 
     _parts: list[bytes] | None = None
@@ -150,10 +146,6 @@ class JoinedConnection(GeventConnection):
         """End at once for reason, as pika does without heartbeats; nothing when cut already."""
         if self._transport is not None:
             self._terminate_stream(reason)
-
-    def _proto_connection_made(self, transport: Any) -> None:
-        transport._MAX_RECV_BYTES = RECEIVED
-        super()._proto_connection_made(transport)
 
     def _on_data_available(self, data_in: bytes) -> None:
         self._frame_buffer += data_in

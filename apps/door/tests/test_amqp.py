@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from struct import error, pack
-from typing import Any
 
 import door.amqp
 import gevent
@@ -195,21 +194,6 @@ def test_all_that_pika_sends_goes_by_what_is_replaced(
         found.append(frame.method.NAME if isinstance(frame, Method) else type(frame).__name__)
     sent = ["Publish", "Header", "Body", "Ack", "Reject", "Get", "Close"]
     assert [name.rpartition(".")[2] for name in found] == sent
-
-
-def test_what_the_broker_sends_is_read_in_large_pieces(
-    channel: Channel, broker: SmallBroker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else another pika bounds them in another way: see what JoinedConnection has to set now."""
-    sizes: list[int] = []
-    connection: Any = channel.connection
-    read = connection._on_data_available
-    monkeypatch.setattr(
-        connection, "_on_data_available", lambda data: [sizes.append(len(data)), read(data)]
-    )
-    broker.send(0, ConnectionMethods.Secure(b"x" * 60_000))
-    eventually(lambda: sum(sizes) > 60_000)
-    assert max(sizes) > 10_000
 
 
 @pytest.mark.parametrize("value", [1.5, math.inf, 2**63])
