@@ -9,13 +9,13 @@ from typing import IO, Any, NoReturn, Protocol
 from urllib.parse import parse_qsl
 
 from common.events import Event
-from gevent import Timeout, sleep
+from gevent import Timeout
 from werkzeug.exceptions import HTTPException, RequestTimeout, abort
 
 from door import BrokerUnavailable, access
 from door.access import ANYBODY
 from door.memory import RETRY_AFTER, Grant, Memory, OutOfMemory
-from door.server import CLIENT, CLIENT_TIMEOUT, Body
+from door.server import CLIENT, CLIENT_TIMEOUT, Body, give_way
 
 # Bytes that are read at a time; and that must arrive within CLIENT_TIMEOUT seconds, unless the
 # body ends before.
@@ -179,7 +179,7 @@ class Call:
                     left -= len(piece)
                     yield piece
                     if chunked:
-                        sleep(0)
+                        give_way()
 
 
 Route = Callable[[Call], Answer]

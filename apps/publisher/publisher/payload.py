@@ -17,7 +17,7 @@ import orjson
 from common.events import REQUEST_ID
 from door.access import CLIENT_HEADER
 from door.call import PIECE, SHORT, Call
-from gevent import idle
+from door.server import give_way
 from werkzeug.exceptions import RequestEntityTooLarge, abort
 from werkzeug.http import parse_options_header
 from werkzeug.sansio.multipart import Data, Field, File, MultipartDecoder, NeedData, State
@@ -148,7 +148,7 @@ def batch(call: Call, settings: Settings) -> list[Message]:
     for number, line in enumerate(BytesIO(body), 1):
         done += LINE + len(line)
         if done > TURN:
-            _give_way()
+            give_way()
             done = 0
         if len(line) > MAX_LINE_EXTRA:
             _check_line(number, line, limit)
@@ -157,16 +157,6 @@ def batch(call: Call, settings: Settings) -> list[Message]:
                 held = room
         messages.append(_line(number, line.strip(), limit, headers, ids))
     return messages
-
-
-def _give_way() -> None:
-    """Let all others have a turn.
-
-    After sleep(0) gevent would go on with whoever else called that, up to 1,000 times, before it
-    looks what has arrived. The priority is above that of what arrives, which would else come first
-    for ever.
-    """
-    idle(1)
 
 
 def _origin(call: Call) -> dict[str, str]:
@@ -281,7 +271,7 @@ def _unquoted(value: bytes) -> Iterator[bytes]:
         end = end if escape < 0 else escape
         yield unquote_to_bytes(value[start:end])
         start = end
-        _give_way()
+        give_way()
     yield unquote_to_bytes(value[start:])
 
 
@@ -324,7 +314,7 @@ def _parts(body: bytes, boundary: bytes) -> Iterator[object]:
             yield event
         if decoder.state is State.EPILOGUE:
             return
-        _give_way()
+        give_way()
     raise ValueError("The form does not end.")
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 
-import gevent
+from door.server import give_way
 
 from subscriber.delivery import PIECE, Delivery
 from subscriber.leases import Leases
@@ -88,6 +88,6 @@ def lines(pairs: Iterable[tuple[Delivery, str | None]]) -> Iterator[bytes]:
             if len(small) >= PIECE:
                 yield bytes(small)
                 small.clear()
-                gevent.sleep(0)
+                give_way()
     if small:
         yield bytes(small)
