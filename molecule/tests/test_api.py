@@ -258,7 +258,7 @@ for own in CASES.values():
         ("101 headers", get("/", *["X-A: x"] * 101), 431),
         ("1 MB in the request line", ["GET /", MEGABYTE, " HTTP/1.1\r\n\r\n"], 414),
         ("NUL in a header", get("/", "X-A: x\0y"), 400),
-        ("NUL in the path", get("/\0"), 404),
+        ("NUL in the path", get("/\0"), 400),
         ("no UTF-8 in the path", get("/%ff"), 404),
         ("an unknown path", get("/nowhere"), 404),
         ("a way out", get("/../../etc/passwd"), 404),
