@@ -410,6 +410,12 @@ def test_doors_certificates_and_the_ca_change_and_no_request_fails(opened: Opene
     for port in ports:
         assert opened.certificate(port).issuer != old[port].issuer, port
     eventually(lambda: health(opened) == {"up"}, 60, "every target is up")
+    # That it has loaded other files must not count as a stop, after which nothing restarts.
+    pid = opened.inspect("front")["State"]["Pid"]
+    opened.run("kill -9 %s", str(pid))
+    eventually(
+        lambda: opened.inspect("front")["State"]["Pid"] not in (0, pid), 30, "the front runs again"
+    )
 
 
 def test_a_certificate_that_ends_in_six_days_is_told(opened: Opened) -> None:
