@@ -194,6 +194,7 @@ def test_a_queue_that_is_not_in_the_file_is_unknown(
     assert len(wire.writes) == before
 
 
+@pytest.mark.parametrize("receive_timeout", [2])
 def test_a_queue_that_is_added_to_the_file_is_served_within_a_second(
     client: FlaskClient, rabbit: Rabbit, path: Path
 ) -> None:
