@@ -125,14 +125,16 @@ class Sender(FluentSender):  # type: ignore[misc]
             self._wanted.wait()
             # Before the look: what comes after it sets it again.
             self._wanted.clear()
+            # Before it, too: once it is set, nothing comes after the look.
+            closing = self._closing.is_set()
             with self.lock:
                 count = min(MAX_BATCH, len(self._waiting))
                 self._batch = [self._waiting.popleft() for _ in range(count)]
-            if self._waiting or self._closing.is_set():
+            if self._waiting or closing:
                 self._wanted.set()
-                if not self._batch:
-                    return False
-        return True
+            if closing:
+                break
+        return bool(self._batch)
 
     def _send_batch(self) -> bool:
         """Send the batch by one call; whether it was sent. One line tells of each change."""

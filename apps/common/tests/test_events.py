@@ -278,5 +278,30 @@ def test_closing_an_idle_sender_is_quick(sender: Sender, collector: Collector, s
     assert not sender._thread.is_alive()
 
 
+def test_an_event_that_comes_just_after_a_look_for_none_is_sent(
+    sender: Sender, collector: Collector
+) -> None:
+    class Late:
+        """The sender's lock; an event comes once it is given back."""
+
+        def __init__(self) -> None:
+            self.lock, self.due = sender.lock, True
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_error: object) -> None:
+            self.lock.release()
+            if self.due:
+                self.due = False
+                emit(sender, range(1))
+
+    sender.lock = Late()
+    # As after an event that was taken together with the one before.
+    sender._wanted.set()
+    eventually(lambda: collector.numbers == [0])
+    assert sender._thread.is_alive()
+
+
 def test_without_a_collector_requests_are_answered_and_nothing_is_sent() -> None:
     assert events.start("publisher", None, 24224) is None
