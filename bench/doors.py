@@ -204,11 +204,17 @@ def broker(**variables: object) -> Iterator[None]:
         remove_broker()
 
 
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
 @contextmanager
 def app(name: str, *command: str, root: Path = ROOT) -> Iterator[App]:
     """Run a Python program of root, from when it is ready; one with workers has 2 of them."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         environment = {
             "PYTHONPATH": os.pathsep.join(

@@ -36,6 +36,7 @@ from bench.doors import (
     check,
     doors,
     figures,
+    free_port,
     management,
     measure,
     wrk,
@@ -153,13 +154,6 @@ def program(*command: str, port: int) -> Iterator[None]:
     finally:
         running.terminate()
         running.wait(20)
-
-
-def free_port() -> int:
-    """Return a port that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 @contextmanager
