@@ -905,6 +905,25 @@ def test_a_configuration_is_told_to_differ(
     assert filters["config_differs"](FILES, found, "/etc/x", 10001) is differs
 
 
+@pytest.mark.parametrize(
+    ("files", "salt", "same"),
+    [
+        ({"b.conf": "1", "a.conf": "2", "tls/ca.pem": "other"}, "salt", True),
+        ({"a.conf": "2", "b.conf": "2", "tls/ca.pem": "3"}, "salt", False),
+        ({"a.conf": "2", "tls/ca.pem": "3"}, "salt", False),
+        ({"a.conf": "2", "b.conf": "1", "tls/ca.pem": "3"}, "pepper", False),
+    ],
+    ids=["order and what is read again", "a text", "a file less", "the salt"],
+)
+def test_a_hash_tells_what_is_only_read_at_the_start(
+    filters: Any, files: dict[str, str], salt: str, same: bool
+) -> None:
+    told = filters["config_hash"](
+        {"a.conf": "2", "b.conf": "1", "tls/ca.pem": "3"}, "salt", ["tls/ca.pem"]
+    )
+    assert (filters["config_hash"](files, salt, ["tls/ca.pem"]) == told) is same
+
+
 def test_a_check_has_the_files_where_the_container_has_them(filters: Any, tmp_path: Path) -> None:
     texts = {"a b.conf": "it's $HOME\n", "rules/one.yml": "\u00e4"}
     script = filters["config_script"](

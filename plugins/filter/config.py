@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
@@ -37,6 +38,15 @@ def config_differs(
     )
 
 
+def config_hash(files: Mapping[str, str], salt: str, reread: Iterable[str] = ()) -> str:
+    """Return SHA-256 of files, text by path, without those that a container reads again by itself.
+
+    The salt is secret: without it, the hash would tell whether a guess of a password is right.
+    """
+    held = {path: text for path, text in files.items() if path not in reread}
+    return hashlib.sha256((salt + json.dumps(held, sort_keys=True)).encode()).hexdigest()
+
+
 def config_script(files: Mapping[str, str], folder: str, command: str) -> str:
     """Return a script for sh that makes files, text by path, in folder, and does command there."""
     lines = ["exec 2>&1", f"cd {shlex.quote(folder)}"]
@@ -52,4 +62,8 @@ class FilterModule:
 
     def filters(self) -> dict[str, Any]:
         """Return the filters by name."""
-        return {"config_differs": config_differs, "config_script": config_script}
+        return {
+            "config_differs": config_differs,
+            "config_hash": config_hash,
+            "config_script": config_script,
+        }
