@@ -1,5 +1,6 @@
 """The three hosts of the scenario cluster."""
 
+import json
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,9 +58,15 @@ class Cluster:
         )
 
     def leader(self) -> str:
-        """Return the host whose node leads the queue."""
-        told = self.api(f"/queues/%2F/{QUEUE}?columns=leader")
-        return str(told["leader"]).removeprefix("rabbit@")
+        """Return the host whose node leads the queue; the management API may tell an old one."""
+        ask = ("rabbitmq-queues", "--silent", "--formatter=json", "quorum_status", QUEUE)
+        told = self.first.docker("exec", self.first.container("rabbitmq"), *ask)
+        (leader,) = (
+            member["Node Name"].removeprefix("rabbit@")
+            for member in json.loads(told)
+            if member["Raft State"] == "leader"
+        )
+        return str(leader)
 
 
 def of_hosts(names: Iterable[str] = HOSTS) -> Cluster:

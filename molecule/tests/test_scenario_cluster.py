@@ -8,7 +8,7 @@ import time
 import pytest
 from cluster import HOSTS, QUEUE, Cluster, of_hosts, outside
 from conftest import Guarded, eventually
-from load import PUBLISHER, SUBSCRIBER, load, rate
+from load import LONG_PAUSE, PUBLISHER, SUBSCRIBER, load, rate
 
 # What no chain of iptables has.
 WRONG = {("INPUT", "-o"), ("OUTPUT", "-i")}
@@ -49,7 +49,7 @@ def test_one_host_becomes_three(hosts: Cluster) -> None:
     alone = rate(single)
     purge(hosts.first)
     fill(hosts.first)
-    with load(single, "from one host to three", "audit") as clients:
+    with load(single, "from one host to three", "audit", LONG_PAUSE) as clients:
         done = single.first.playbook("site")
         assert done.returncode == 0, done.stdout[-3000:]
         hosts.wait_until_whole()
@@ -222,7 +222,7 @@ def test_two_hosts_are_killed(cluster: Cluster, turn: int) -> None:
 @rounds
 def test_every_broker_is_changed_in_turn(cluster: Cluster, turn: int) -> None:
     change = json.dumps({"rabbitmq_disk_free_limit": f"{1000 + turn}MB"})
-    with load(cluster, f"{turn}: every broker changed") as clients:
+    with load(cluster, f"{turn}: every broker changed", pause=LONG_PAUSE) as clients:
         done = cluster.first.playbook("site", "--extra-vars", change)
         assert done.returncode == 0, done.stdout[-3000:]
         cluster.wait_until_whole()

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from cluster import HOSTS, QUEUE, of_hosts, outside
 from conftest import INVENTORY
-from load import PUBLISHER, SUBSCRIBER, load
+from load import LONG_PAUSE, PUBLISHER, SUBSCRIBER, load
 
 GONE, NEW = HOSTS[-1], (*HOSTS[:-1], "broker4")
 
@@ -28,7 +28,7 @@ def test_a_host_is_replaced(inventory: Path) -> None:
     before.wait_until_whole()
     outside("kill", before.machine(GONE))
     forget = json.dumps({"rabbitmq_forget_nodes": [GONE]})
-    with load(of_hosts(HOSTS[:-1]), f"{GONE} replaced by {NEW[-1]}") as clients:
+    with load(of_hosts(HOSTS[:-1]), f"{GONE} replaced by {NEW[-1]}", pause=LONG_PAUSE) as clients:
         done = after.first.playbook("site", "--extra-vars", forget, inventory=inventory)
         assert done.returncode == 0, done.stdout[-3000:]
         after.wait_until_whole()
@@ -43,7 +43,7 @@ def test_a_backup_is_taken_while_the_doors_serve_and_comes_back(inventory: Path)
     lines = "\n".join(map(json.dumps, wanted))
     sent = first.http(PUBLISHER, f"/queues/{QUEUE}/batch", "--data-binary", lines)
     assert sent.json == {"sent": len(wanted)}
-    with load(cluster, "backup", "audit") as clients:
+    with load(cluster, "backup", "audit", LONG_PAUSE) as clients:
         done = first.playbook("backup", inventory=inventory)
         assert done.returncode == 0, done.stdout[-3000:]
     assert clients.stall() <= 3

@@ -52,7 +52,7 @@ LOOK = 1.0
 # Seconds, at random between two numbers so that doors do not come all at once: between two looks
 # whether the own host's broker is back; and for which it must have answered then. Those are
 # doubled, up to MOST_PATIENCE times, for one that served nobody the last time.
-PROBE, TRIAL, MOST_PATIENCE = (5.0, 15.0), (10.0, 20.0), 16
+PROBE, TRIAL, MOST_PATIENCE = (2.0, 6.0), (4.0, 8.0), 32
 # Seconds that new requests may have to wait while those under way end, before a move to it.
 DRAIN = 1.0
 # Seconds a connection stays open after the last acknowledgement. A quorum queue takes them behind
