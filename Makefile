@@ -17,7 +17,7 @@ PYTEST = pytest --durations=5
 S ?= $(shell sed --quiet 's/^  \([a-z]*\):$$/\1/p' roles/stack/vars/main.yml) alerts other
 STACK ?= broker
 
-.PHONY: up status logs find down clean images backup ca restore test lint unit unit-python unit-engine molecule-one beside molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
+.PHONY: up status logs find down clean images backup ca restore test lint unit unit-python unit-engine default-bare next-unit molecule molecule-default molecule-next molecule-cluster test-host test-bare bench chaos abuse requirements
 .DELETE_ON_ERROR:
 
 up: .venv/.run
@@ -50,16 +50,14 @@ find: .venv/.run
 # cluster: beside another lane, on two cores, a broker's start takes longer than its tests allow for.
 test: .venv/.test
 	$(MAKE) test-host; first=$$?; \
-	$(MAKE) --keep-going --jobs=2 --old-file=test-host molecule-one beside; second=$$?; \
-	cat .venv/beside.log; exit $$((first | second))
+	$(MAKE) --keep-going --jobs=2 --old-file=test-host default-bare next-unit; second=$$?; \
+	cat .venv/next-unit.log; exit $$((first | second))
 
-# One after the other: their hosts have the same names.
-molecule-one:
-	$(MAKE) --keep-going --jobs=1 --old-file=test-host molecule-default molecule-next
+default-bare:
+	$(MAKE) --keep-going --jobs=1 --old-file=test-host molecule-default test-bare
 
-# The bare machine first, of which times are measured.
-beside:
-	$(MAKE) --keep-going --jobs=1 --old-file=test-host test-bare lint unit-python unit-engine > .venv/$@.log 2>&1
+next-unit:
+	$(MAKE) --keep-going --jobs=1 --old-file=test-host molecule-next lint unit-python unit-engine > .venv/$@.log 2>&1
 
 test-host: .venv/.run
 	ansible-playbook --extra-vars=@molecule/shared/test_stack.yml tests/host.yml
