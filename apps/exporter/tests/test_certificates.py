@@ -282,9 +282,12 @@ def test_a_file_of_cas_that_cannot_be_used_is_told_and_hides_no_end(
 def test_a_port_that_is_closed_is_told_and_why(
     watch: Callable[..., Exporter], caplog: pytest.LogCaptureFixture
 ) -> None:
-    exporter = watch()
-    for _ in range(2):
-        assert told(exporter.scrape()) == (0, None)
+    # Bound, so that no other program listens there meanwhile.
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        exporter = watch(TLS_TARGETS=f"a=127.0.0.1:{held.getsockname()[1]}")
+        for _ in range(2):
+            assert told(exporter.scrape()) == (0, None)
     [reason] = reasons(caplog)
     assert "Connect call failed" in reason
 
